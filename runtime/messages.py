@@ -1,0 +1,437 @@
+"""Every message between processes, grouped by sender and receiver.
+
+All are frozen msgspec Structs; a channel's type is the union of what its receiver handles (`EdgeInbox`, ...).  No field is
+ever a pickle, a path from a client or a device handle from a client.  Sizes: token ids are ints, `grid_thw` counts patches,
+row and page numbers count rows of `[out_hidden_size]` in an EmbeddingSlab.
+
+The life of one request:  Submit -> (NeedMedia -> Decode -> PixelsReady -> Encode -> EmbedsReady)* -> StepPlan -> StepResult
+-> TokenBatch ... and exactly one terminal TokenOutput (finish_reason or error), or an Abort from the edge instead.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NewType
+
+import msgspec
+
+from vlmrt.runtime.errors import WireError
+
+PROTOCOL_VERSION = 1
+
+RequestId = NewType("RequestId", str)
+MmHash = NewType("MmHash", str)  # 128 bits or more, hexadecimal: content and every option that changes the rows
+ActorName = NewType("ActorName", str)  # "edge:0", "media:0", "scheduler:0", "vit:0", "llm:0"
+Epoch = NewType("Epoch", int)  # the incarnation of an actor; grows with every restart
+
+FinishReason = Literal["stop", "length"]
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Base of the messages: the tag names the type on the wire."""
+
+
+# ---------------------------------------------------------------- shared parts
+
+
+class ArenaRef(msgspec.Struct, frozen=True, array_like=True):
+    """Pixels in a media worker's arena.  Valid for that worker's epoch only, until FreePixels."""
+
+    arena: ActorName
+    epoch: Epoch
+    offset: int
+    num_bytes: int
+
+
+class MediaItem(msgspec.Struct, frozen=True, array_like=True):
+    """One image of a prompt: what it is and where its rows go."""
+
+    mm_hash: MmHash
+    start: int  # index of its first placeholder token in the prompt
+    num_tokens: int
+    grid_thw: tuple[int, int, int]  # patches along time, height, width
+
+
+class Sampling(msgspec.Struct, frozen=True, array_like=True):
+    """How tokens are chosen.  Every default is resolved by the edge; a rank reads nothing else."""
+
+    temperature: float = 1.0  # 0: argmax
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int = 0  # int64; the edge draws one where the client gave none
+
+
+class StopRule(msgspec.Struct, frozen=True, array_like=True):
+    """When a request ends by token; stop strings are the edge's."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()  # eos ids included unless ignore_eos
+
+
+# ---------------------------------------------------------------- edge -> scheduler
+
+
+class Submit(Message, frozen=True):
+    """A new request.  Answered by TokenOutputs, the last of which is terminal."""
+
+    request_id: RequestId
+    prompt_token_ids: tuple[int, ...]
+    media: tuple[MediaItem, ...]  # in prompt order
+    rope_delta: int
+    sampling: Sampling
+    stop: StopRule
+    cache_salt: str = ""
+    priority: int = 0  # smaller runs earlier
+
+
+class Abort(Message, frozen=True):
+    """The edge needs no more of this request (client gone, stop string found, timeout); it has ended it itself."""
+
+    request_id: RequestId
+
+
+class MediaUnsent(Message, frozen=True):
+    """The answer to a NeedMedia that the edge could not forward because that media worker is gone: ask again."""
+
+    request_id: RequestId
+    mm_hash: MmHash
+
+
+# ---------------------------------------------------------------- scheduler -> edge
+
+
+class NeedMedia(Message, frozen=True):
+    """Hand this item's encoded bytes to that media worker.  May come at any time before the request's end."""
+
+    request_id: RequestId
+    mm_hash: MmHash
+    media: ActorName
+
+
+class Usage(msgspec.Struct, frozen=True, array_like=True):
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+
+
+class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
+    """New tokens of one request; terminal when finish_reason or error is set."""
+
+    request_id: RequestId
+    token_ids: tuple[int, ...]
+    usage: Usage
+    finish_reason: FinishReason | None = None
+    error: WireError | None = None
+
+
+class TokenBatch(Message, frozen=True):
+    """All news of one step for one edge."""
+
+    outputs: tuple[TokenOutput, ...]
+
+
+# ---------------------------------------------------------------- edge -> media
+
+
+class Decode(Message, frozen=True):
+    """Decode one image, resize it to target (width, height).  Answered to the scheduler: PixelsReady or DecodeFailed."""
+
+    mm_hash: MmHash
+    encoded: bytes
+    size: tuple[int, int]  # width, height found by the edge in the header, after EXIF orientation
+    target_size: tuple[int, int]  # width, height
+
+
+# ---------------------------------------------------------------- media -> scheduler
+
+
+class PixelsReady(Message, frozen=True):
+    """uint8 pixels [t, height, width, 3] lie in the arena until FreePixels."""
+
+    mm_hash: MmHash
+    pixels: ArenaRef
+    shape: tuple[int, int, int, int]
+
+
+class DecodeFailed(Message, frozen=True):
+    mm_hash: MmHash
+    error: WireError
+
+
+# ---------------------------------------------------------------- scheduler -> media
+
+
+class FreePixels(Message, frozen=True):
+    pixels: tuple[ArenaRef, ...]
+
+
+# ---------------------------------------------------------------- scheduler -> vit
+
+
+class Encode(Message, frozen=True):
+    """Encode one image into these pages of the ViT's slab.  Answered by EmbedsReady or EncodeFailed with the same encode_id."""
+
+    encode_id: int
+    mm_hash: MmHash
+    grid_thw: tuple[int, int, int]
+    pixels: ArenaRef
+    shape: tuple[int, int, int, int]
+    pages: tuple[int, ...]  # row r lies in pages[r // page_rows] at r % page_rows
+
+
+class CancelEncode(Message, frozen=True):
+    """Nobody waits for this encode.  It is answered all the same, when it ran or was dropped (EncodeFailed code "cancelled")."""
+
+    encode_id: int
+
+
+# ---------------------------------------------------------------- vit -> scheduler
+
+
+class EmbedsReady(Message, frozen=True):
+    """The rows are complete on the device; sent once the host has seen the encode end."""
+
+    encode_id: int
+    num_rows: int
+
+
+class EncodeFailed(Message, frozen=True):
+    encode_id: int
+    error: WireError
+
+
+# ---------------------------------------------------------------- scheduler -> llm ranks
+
+
+class HostSlabExport(msgspec.Struct, frozen=True, tag="host"):
+    """An EmbeddingSlab in a memfd, fetched by name from the supervisor's descriptor server."""
+
+    memory: str
+    num_pages: int
+    page_rows: int
+    width: int
+    dtype: Literal["float32", "bfloat16", "float16"]
+
+
+class CudaSlabExport(msgspec.Struct, frozen=True, tag="cuda"):
+    """An EmbeddingSlab in device memory: the CUDA IPC handle of its one allocation, and the device that holds it."""
+
+    handle: bytes
+    device: int
+    num_pages: int
+    page_rows: int
+    width: int
+    dtype: Literal["float32", "bfloat16", "float16"]
+
+
+SlabExport = HostSlabExport | CudaSlabExport
+
+
+class AttachSlab(Message, frozen=True):
+    """Map this slab; later StepPlans on this channel refer to it."""
+
+    vit: ActorName
+    epoch: Epoch
+    slab: SlabExport
+
+
+class DetachSlab(Message, frozen=True):
+    """That incarnation is gone: unmap its slab once the steps before this message are done."""
+
+    vit: ActorName
+    epoch: Epoch
+
+
+class NewSequence(msgspec.Struct, frozen=True, array_like=True):
+    """A request enters a slot.  After a preemption token_ids holds what was generated so far as well."""
+
+    slot: int
+    request_id: RequestId
+    token_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    media: tuple[MediaItem, ...]
+    rope_delta: int
+    sampling: Sampling
+    block_ids: tuple[int, ...]  # the blocks that the prefix cache provides, in order
+
+
+class EmbedSlice(msgspec.Struct, frozen=True, array_like=True):
+    """num_rows rows of one image, from first_row on, replace the hidden states from `offset` (within the row's tokens) on."""
+
+    vit: ActorName
+    epoch: Epoch
+    pages: tuple[int, ...]  # all pages of the image
+    first_row: int
+    num_rows: int
+    offset: int
+
+
+class StepRow(msgspec.Struct, frozen=True, array_like=True):
+    """Run tokens [start, start + num_tokens) of the sequence in this slot; new_block_ids extend its block table first."""
+
+    slot: int
+    start: int
+    num_tokens: int
+    new_block_ids: tuple[int, ...]
+    sample: bool  # the row's last token's logits choose the next token, which the rank appends to the sequence itself
+    embeds: tuple[EmbedSlice, ...] = ()
+
+
+class StepPlan(Message, frozen=True):
+    """One step for every rank: release slots, then admit, then run the rows (decode rows, num_tokens == 1, first).
+
+    A plan may run a token that the plan before it samples: the rank feeds it itself.
+    """
+
+    step: int
+    release: tuple[int, ...]
+    admit: tuple[NewSequence, ...]
+    rows: tuple[StepRow, ...]
+
+
+# ---------------------------------------------------------------- llm rank 0 -> scheduler
+
+
+class StepResult(Message, frozen=True):
+    """The step is complete on the device: its embedding rows are copied, its tokens sampled."""
+
+    step: int
+    token_ids: tuple[int, ...]  # one for every row with sample=True, in row order
+    duration_ms: float
+
+
+# ---------------------------------------------------------------- actor -> supervisor
+
+
+class Hello(Message, frozen=True):
+    """First words of a new process: it lives and listens at this address."""
+
+    actor: ActorName
+    epoch: Epoch
+    pid: int
+    protocol: int
+    address: str
+
+
+class Progress(Message, frozen=True):
+    """How far a stage of the start is, e.g. ("loading weights", 3, 12)."""
+
+    stage: str
+    done: int
+    total: int
+
+
+class EdgeReady(msgspec.Struct, frozen=True, tag="edge"):
+    pass
+
+
+class MediaReady(msgspec.Struct, frozen=True, tag="media"):
+    arena_bytes: int
+
+
+class SchedulerReady(msgspec.Struct, frozen=True, tag="scheduler"):
+    pass
+
+
+class VitReady(msgspec.Struct, frozen=True, tag="vit"):
+    slab: SlabExport
+
+
+class LlmReady(msgspec.Struct, frozen=True, tag="llm"):
+    num_blocks: int  # equal on every rank: the smallest rank's
+
+
+Capabilities = EdgeReady | MediaReady | SchedulerReady | VitReady | LlmReady
+
+
+class Ready(Message, frozen=True):
+    capabilities: Capabilities
+
+
+class StartFailed(Message, frozen=True):
+    """The actor cannot start, and trying again cannot help: one line for a person."""
+
+    message: str
+
+
+class Histogram(msgspec.Struct, frozen=True, array_like=True):
+    """Cumulative since the start of this incarnation; counts has one more element than bounds (above the last bound)."""
+
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+    total: float
+
+
+class MetricsSnapshot(msgspec.Struct, frozen=True, array_like=True):
+    """An actor's metrics so far.  A key is a metric name, or name{label="value"}."""
+
+    counters: dict[str, float]
+    gauges: dict[str, float]
+    histograms: dict[str, Histogram]
+
+
+class Heartbeat(Message, frozen=True):
+    """Sent from the actor's event loop every heartbeat_s; its absence means the loop is stuck."""
+
+    loop_lag_ms: float
+    metrics: MetricsSnapshot
+
+
+# ---------------------------------------------------------------- supervisor -> actor
+
+
+class PeerUp(Message, frozen=True):
+    """That incarnation of a peer is ready; send to it from now on."""
+
+    actor: ActorName
+    epoch: Epoch
+    address: str
+    capabilities: Capabilities
+
+
+class PeerDown(Message, frozen=True):
+    """That incarnation of a peer is gone: drop what it owned; nothing from it will be applied any more."""
+
+    actor: ActorName
+    epoch: Epoch
+
+
+class Shutdown(Message, frozen=True):
+    """End within grace_s: the edge first lets open requests finish for that long."""
+
+    grace_s: float
+
+
+class ActorStatus(msgspec.Struct, frozen=True, array_like=True):
+    actor: ActorName
+    epoch: Epoch
+    pid: int
+    state: Literal["starting", "ready", "restarting", "failed"]
+    num_restarts: int
+    heartbeat_age_s: float
+    loop_lag_ms: float
+
+
+class ServiceStatus(Message, frozen=True):
+    """To every edge, at least every heartbeat_s: who is up, and the metric totals of all incarnations (actor -> snapshot)."""
+
+    ready: bool
+    actors: tuple[ActorStatus, ...]
+    metrics: dict[str, MetricsSnapshot]
+
+
+# ---------------------------------------------------------------- inboxes: the unions each process decodes
+
+EdgeInbox = NeedMedia | TokenBatch
+MediaInbox = Decode | FreePixels
+SchedulerInbox = (
+    Submit | Abort | MediaUnsent | PixelsReady | DecodeFailed | EmbedsReady | EncodeFailed | StepResult
+)
+VitInbox = Encode | CancelEncode
+LlmInbox = AttachSlab | DetachSlab | StepPlan
+SupervisorInbox = Hello | Progress | Ready | StartFailed | Heartbeat
+ControlInbox = PeerUp | PeerDown | Shutdown | ServiceStatus
