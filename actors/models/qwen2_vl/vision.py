@@ -1,0 +1,44 @@
+"""The vision tower of Qwen2-VL: pre-LayerNorm blocks with a plain MLP, every layer attending to the whole frame."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlmrt.actors.models.config import VisionConfig
+from vlmrt.actors.models.layers import Linear, Norm, Target
+from vlmrt.actors.models.vision_tower import NORM_EPS, Segments, VisionAttention, VisionTower
+
+
+class Qwen2VisionBlock(nn.Module):
+    def __init__(self, config: VisionConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.quick_gelu = config.hidden_act == "quick_gelu"
+        self.norm1 = Norm(config.embed_dim, NORM_EPS, True, dtype, device)
+        self.norm2 = Norm(config.embed_dim, NORM_EPS, True, dtype, device)
+        self.attn = VisionAttention(config, dtype, device)
+        self.fc1 = Linear(config.embed_dim, config.intermediate_size, True, dtype, device)
+        self.fc2 = Linear(config.intermediate_size, config.embed_dim, True, dtype, device)
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
+        hidden = hidden + self.attn(_layer_norm(hidden, self.norm1), cos, sin, segments)
+        wide: Tensor = self.fc1(_layer_norm(hidden, self.norm2))
+        wide = wide * torch.sigmoid(1.702 * wide) if self.quick_gelu else F.gelu(wide)
+        return hidden + self.fc2(wide)  # type: ignore[no-any-return]
+
+    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+        yield from self.norm1.targets(f"{prefix}norm1.")
+        yield from self.norm2.targets(f"{prefix}norm2.")
+        yield from self.attn.targets(f"{prefix}attn.")
+        yield from self.fc1.targets(f"{prefix}mlp.fc1.")
+        yield from self.fc2.targets(f"{prefix}mlp.fc2.")
+
+
+def _layer_norm(x: Tensor, norm: Norm) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+
+
+def vision_tower(config: VisionConfig, dtype: torch.dtype, device: torch.device) -> VisionTower:
+    """Qwen2-VL's tower with uninitialised weights."""
+    return VisionTower(config, Qwen2VisionBlock, dtype, device)

@@ -1,0 +1,205 @@
+"""A vision tower that runs whole or a few layers at a time; what a family's blocks are is handed in."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from vlmrt.actors.models.config import VisionConfig
+from vlmrt.actors.models.layers import Linear, Norm, Target, parameter
+from vlmrt.actors.models.vision_grid import GridThw, frame_lengths, patch_positions, prefix_sums, window_layout
+from vlmrt.kernels.rms_norm import rms_norm
+from vlmrt.kernels.rotary import rotate
+from vlmrt.kernels.vision_attention import vision_attention
+
+NORM_EPS = 1e-6
+ROPE_THETA = 10000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Which patches attend to each other: neighbours within one segment."""
+
+    cu_seqlens: Tensor  # int32 [S+1] on the device
+    seqlens_host: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class VisionState:
+    """A batch of images on its way through the tower, between two quanta of layers."""
+
+    hidden: Tensor  # [num_patches, embed_dim], replaced by every layer
+    cos: Tensor  # float32 [num_patches, head_dim]
+    sin: Tensor
+    frames: Segments
+    windows: Segments | None  # set in towers with windowed attention, whose patches lie in window order
+    restore: Tensor | None  # int64 [rows]: the place of each row in window order
+    next_layer: int = 0
+
+
+class VisionBlock(Protocol):
+    """One layer of a tower."""
+
+    def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor: ...
+
+    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]: ...
+
+
+BlockFactory = Callable[[VisionConfig, torch.dtype, torch.device], nn.Module]
+
+
+class VisionAttention(nn.Module):
+    """Multi-head attention within segments, with rotary positions of rows and columns."""
+
+    def __init__(self, config: VisionConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.head_dim = config.head_dim
+        self.scale = config.head_dim**-0.5
+        self.qkv = Linear(config.embed_dim, 3 * config.embed_dim, True, dtype, device)
+        self.proj = Linear(config.embed_dim, config.embed_dim, True, dtype, device)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
+        num_patches = x.shape[0]
+        heads = self.qkv(x).view(num_patches, 3 * self.num_heads, self.head_dim)
+        q, k = rotate(heads[:, : 2 * self.num_heads], cos, sin).chunk(2, dim=1)
+        v = heads[:, 2 * self.num_heads :]
+        attended = vision_attention(q, k, v, segments.cu_seqlens, segments.seqlens_host, self.scale)
+        return self.proj(attended.reshape(num_patches, -1))  # type: ignore[no-any-return]
+
+    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+        yield from self.qkv.targets(f"{prefix}qkv.")
+        yield from self.proj.targets(f"{prefix}proj.")
+
+
+class PatchMerger(nn.Module):
+    """spatial_merge_size**2 neighbouring patches into one row of the language model's width."""
+
+    def __init__(self, config: VisionConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.rms = config.norm == "rms_norm"
+        self.width = config.embed_dim * config.spatial_merge_size**2
+        self.ln_q = Norm(config.embed_dim, NORM_EPS, not self.rms, dtype, device)
+        self.first = Linear(self.width, self.width, True, dtype, device)
+        self.second = Linear(self.width, config.out_hidden_size, True, dtype, device)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.rms:
+            normed = rms_norm(hidden, self.ln_q.weight, NORM_EPS)
+        else:
+            normed = F.layer_norm(hidden, hidden.shape[-1:], self.ln_q.weight, self.ln_q.bias, NORM_EPS)
+        return self.second(F.gelu(self.first(normed.view(-1, self.width))))  # type: ignore[no-any-return]
+
+    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+        yield from self.ln_q.targets(f"{prefix}ln_q.")
+        yield from self.first.targets(f"{prefix}mlp.0.")
+        yield from self.second.targets(f"{prefix}mlp.2.")
+
+
+class VisionTower(nn.Module):
+    """Patches of images and clips -> rows for the language model; an image's rows do not depend on its neighbours.
+
+    All index tensors are computed on the host from grid_thw, so no layer waits for the device.
+    """
+
+    def __init__(self, config: VisionConfig, block: BlockFactory, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = parameter(config.embed_dim, config.patch_dim, dtype=dtype, device=device)
+        self.blocks = nn.ModuleList([block(config, dtype, device) for _ in range(config.depth)])
+        self.merger = PatchMerger(config, dtype, device)
+        axis_dim = config.head_dim // 2  # half of the pairs turn with the row, half with the column
+        pair = torch.arange(0, axis_dim, 2, dtype=torch.float32)
+        self.inverse_frequency = (1.0 / ROPE_THETA ** (pair / axis_dim)).to(device)
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.depth
+
+    def forward(self, pixel_values: Tensor, grid_thw: Sequence[GridThw]) -> Tensor:
+        """Encode a batch of images and clips.
+
+        Shapes: pixel_values [num_patches, channels * temporal_patch_size * patch_size**2] in the image processors'
+        order, grid_thw patches per item -> [num_patches / spatial_merge_size**2, out_hidden_size], items in order.
+        Raises: ValueError if the grids do not describe num_patches patches in whole merge blocks.
+        """
+        state = self.prepare(pixel_values, grid_thw)
+        return self.finish(self.run_layers(state, 0, self.num_layers))
+
+    def prepare(self, pixel_values: Tensor, grid_thw: Sequence[GridThw]) -> VisionState:
+        """Embed the patches and lay out the batch: what comes before the first layer. See forward for the shapes."""
+        self._check(pixel_values, grid_thw)
+        config = self.config
+        device = self.patch_embed.device
+        hidden = F.linear(pixel_values.to(device, self.patch_embed.dtype), self.patch_embed)
+        positions = patch_positions(grid_thw, config.spatial_merge_size)
+        windows = restore = None
+        if config.window_size is not None:
+            window_cells = config.window_size // config.patch_size // config.spatial_merge_size
+            order, lengths = window_layout(grid_thw, config.spatial_merge_size, window_cells)
+            unit = config.spatial_merge_size**2
+            positions = positions.reshape(-1, unit, 2)[order].reshape(-1, 2)
+            hidden = hidden.view(-1, unit * config.embed_dim)[to_device(order, device)].view(-1, config.embed_dim)
+            windows = _segments(lengths, device)
+            restore = to_device(np.argsort(order), device)
+        angles = (to_device(positions, device).float()[:, :, None] * self.inverse_frequency).flatten(1)
+        angles = torch.cat((angles, angles), dim=-1)
+        frames = _segments(frame_lengths(grid_thw), device)
+        return VisionState(hidden, angles.cos(), angles.sin(), frames, windows, restore)
+
+    def run_layers(self, state: VisionState, first: int, last: int) -> VisionState:
+        """Run the layers [first, last) on a state, in place; returns the same state.
+
+        Raises: ValueError if first is not the state's next layer or last is past the end.
+        """
+        if first != state.next_layer or not first <= last <= self.num_layers:
+            raise ValueError(f"layers [{first}, {last}): the next is {state.next_layer} of {self.num_layers}")
+        for index in range(first, last):
+            whole_frame = state.windows is None or index in self.config.fullatt_block_indexes
+            segments = state.frames if whole_frame else cast(Segments, state.windows)
+            state.hidden = self.blocks[index](state.hidden, state.cos, state.sin, segments)
+        state.next_layer = last
+        return state
+
+    def finish(self, state: VisionState) -> Tensor:
+        """Merge the patches of a state that has been through all layers into rows, in the order of the input."""
+        if state.next_layer != self.num_layers:
+            raise ValueError(f"only {state.next_layer} of {self.num_layers} layers have run")
+        rows: Tensor = self.merger(state.hidden)
+        return rows if state.restore is None else rows[state.restore]
+
+    def targets(self) -> Iterator[tuple[str, Target]]:
+        """Where each tensor of a checkpoint goes, by its flat name."""
+        config = self.config
+        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        shape = (config.embed_dim, config.in_channels, *kernel)  # stored as a convolution with stride = kernel
+        yield "visual.patch_embed.proj.weight", Target(self.patch_embed, shape)
+        for index, block in enumerate(self.blocks):
+            yield from cast(VisionBlock, block).targets(f"visual.blocks.{index}.")
+        yield from self.merger.targets("visual.merger.")
+
+    def _check(self, pixel_values: Tensor, grid_thw: Sequence[GridThw]) -> None:
+        merge = self.config.spatial_merge_size
+        num_patches = sum(frames * height * width for frames, height, width in grid_thw)
+        if not num_patches or pixel_values.shape != (num_patches, self.config.patch_dim):
+            raise ValueError(
+                f"pixel_values have shape {list(pixel_values.shape)}, grid_thw {list(grid_thw)} asks for "
+                f"{[num_patches, self.config.patch_dim]}"
+            )
+        if any(height % merge or width % merge for _, height, width in grid_thw):
+            raise ValueError(f"grid_thw {list(grid_thw)}: heights and widths must be multiples of {merge}")
+
+
+def _segments(lengths: tuple[int, ...], device: torch.device) -> Segments:
+    return Segments(to_device(prefix_sums(lengths), device), lengths)
+
+
+def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """A host array on the device, copied without waiting for it."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

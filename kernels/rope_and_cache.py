@@ -1,0 +1,50 @@
+"""Rotary position embedding of queries and keys, and the write of keys and values into their cache slots."""
+
+import torch
+from torch import Tensor
+
+from vlmrt.kernels.rotary import rotate_reference
+
+
+def write_cache_reference(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Write row i of k and v into slot slot_mapping[i]; rows with slot -1 are skipped."""
+    if slot_mapping.device.type == "cpu":
+        if int(slot_mapping.min()) < 0:
+            kept = slot_mapping >= 0
+            k, v, slot_mapping = k[kept], v[kept], slot_mapping[kept]
+    else:
+        # No synchronisation: a skipped row repeats the write of a kept one, or, when there is none, writes back
+        # what slot 0 holds; equal values in one slot are no race.
+        kept = slot_mapping >= 0
+        rows = torch.arange(slot_mapping.shape[0], device=slot_mapping.device)
+        source = torch.where(kept, rows, kept.to(torch.int32).argmax())
+        slot_mapping = slot_mapping[source]
+        nothing = (slot_mapping < 0)[:, None, None]
+        k = torch.where(nothing, k_cache[0, 0].to(k.dtype), k[source])
+        v = torch.where(nothing, v_cache[0, 0].to(v.dtype), v[source])
+        slot_mapping = slot_mapping.clamp(min=0)
+    k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, slot_mapping, k.to(k_cache.dtype))
+    v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slot_mapping, v.to(v_cache.dtype))
+
+
+def rope_and_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+) -> Tensor:
+    """Rotate q and k by their tokens' angles, write k and v into their slots, return the rotated q.
+
+    Shapes: q [T, Hq, D], k and v [T, Hkv, D], cos and sin [T, D] (M-RoPE sections already chosen, both halves
+    alike), k_cache and v_cache [num_blocks, block_size, Hkv, D], slot_mapping int64 [T] as block * block_size +
+    offset, -1 to skip the write -> [T, Hq, D], same dtype as q.   Source: arXiv:2104.09864.
+    """
+    # One rotation for both where they are neighbours in memory is worth more than the concatenation costs.
+    rotated = rotate_reference(torch.cat((q, k), dim=1), cos, sin)
+    num_heads = q.shape[1]
+    write_cache_reference(rotated[:, num_heads:], v, k_cache, v_cache, slot_mapping)
+    return rotated[:, :num_heads]

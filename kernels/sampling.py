@@ -1,0 +1,118 @@
+"""Filtering of logits and a draw that depends on the row's seed and output position only."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_GOLDEN = -0x61C8864680B583EB  # 2**64 / golden ratio, odd, as a signed 64-bit integer
+_MIX_1 = -0x40A7B892E31B1A47
+_MIX_2 = -0x6B2FB644ECCEEE15
+_LARGEST_BELOW_ONE = 1 - 2**-24
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """How each of R rows is sampled. A row with temperature 0 takes its best token, whatever its other fields."""
+
+    temperature: Tensor  # float32 [R]; 0: greedy
+    top_p: Tensor  # float32 [R]; 1: off
+    top_k: Tensor  # int64 [R]; 0: off
+    min_p: Tensor  # float32 [R]; 0: off
+    repetition_penalty: Tensor  # float32 [R]; 1: off
+    frequency_penalty: Tensor  # float32 [R]; 0: off
+    presence_penalty: Tensor  # float32 [R]; 0: off
+    seeds: Tensor  # int64 [R]
+    positions: Tensor  # int64 [R]: index of the token to draw among the request's output tokens
+    prompt_mask: Tensor | None  # bool [R, V]: token occurs in the prompt; None: no row has a penalty
+    output_counts: Tensor | None  # int32 [R, V]: times the token was generated; None: no row has a penalty
+    all_greedy: bool
+    # Known on the host; false skips a step that no row needs.
+    any_top_k: bool = True
+    any_top_p: bool = True
+    any_min_p: bool = True
+
+
+def mix(x: Tensor) -> Tensor:
+    """A bijection of 64-bit integers that changes about half of the bits for any change of the input.
+
+    int64 -> int64, wrapping. Source: the finaliser of SplitMix64 (Steele, Lea, Flood 2014), variant 13 of Stafford.
+    """
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Shift that fills with zeros; torch's fills with the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    """Standard Gumbel noise, a function of (seed, position, token) alone.
+
+    Shapes: int64 [R], int64 [R] -> float32 [R, vocab_size].
+    """
+    key = mix(mix(seeds + _GOLDEN) + (positions + 1) * _GOLDEN)
+    token = torch.arange(1, vocab_size + 1, dtype=torch.int64, device=seeds.device)
+    bits = mix(key[:, None] + token * _GOLDEN)
+    # Small values decide who wins, so they keep float32's relative precision down to 2**-54.
+    uniform = (_shift_right(bits, 11).float() + 0.5) * 2.0**-53
+    exponential = -torch.log1p(-uniform.clamp_(max=_LARGEST_BELOW_ONE))
+    return -torch.log(exponential)
+
+
+def sample_reference(logits: Tensor, batch: SamplingBatch) -> Tensor:
+    logits = penalised(logits, batch)
+    best = logits.argmax(dim=-1)  # the first of equals
+    if batch.all_greedy:
+        return best
+    greedy = batch.temperature <= 0
+    scaled = logits / torch.where(greedy, 1.0, batch.temperature)[:, None]
+    scaled = filtered(scaled, batch)
+    drawn = (scaled + gumbel_noise(batch.seeds, batch.positions, logits.shape[1])).argmax(dim=-1)
+    return torch.where(greedy, best, drawn)
+
+
+def penalised(logits: Tensor, batch: SamplingBatch) -> Tensor:
+    """Logits after the repetition penalty (prompt and output), then frequency and presence (output)."""
+    if batch.prompt_mask is None or batch.output_counts is None:
+        return logits
+    generated = batch.output_counts > 0
+    repeated = batch.prompt_mask | generated
+    penalty = torch.where(repeated, batch.repetition_penalty[:, None], 1.0)
+    logits = torch.where(logits > 0, logits / penalty, logits * penalty)
+    logits = logits - batch.frequency_penalty[:, None] * batch.output_counts
+    return logits - batch.presence_penalty[:, None] * generated
+
+
+def filtered(logits: Tensor, batch: SamplingBatch) -> Tensor:
+    """Logits with -inf where top-k, then top-p, then min-p leave a token out; the best token always stays."""
+    if batch.any_top_k or batch.any_top_p:
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        if batch.any_top_k:
+            vocab_size = logits.shape[1]
+            limit = torch.where(batch.top_k > 0, batch.top_k, vocab_size).clamp(max=vocab_size)
+            kth = ordered.gather(1, limit.long()[:, None] - 1)
+            ordered = ordered.masked_fill(ordered < kth, float("-inf"))  # equals of the k-th stay
+        if batch.any_top_p:
+            probability = ordered.softmax(dim=-1)
+            before = probability.cumsum(dim=-1) - probability
+            outside = (before >= batch.top_p[:, None]) & (batch.top_p < 1)[:, None]
+            outside[:, 0] = False
+            ordered = ordered.masked_fill(outside, float("-inf"))
+        logits = torch.empty_like(logits).scatter_(1, order, ordered)
+    if batch.any_min_p:
+        floor = logits.amax(dim=-1, keepdim=True) + torch.log(batch.min_p)[:, None]
+        logits = logits.masked_fill(logits < floor, float("-inf"))
+    return logits
+
+
+def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
+    """Choose one token per row: penalties, temperature, top-k, top-p, min-p, then a Gumbel-max draw.
+
+    The noise comes from (seed, output position, token index) through integer arithmetic, so a draw does not depend
+    on the other rows, nor on how often or where a batch ran before.
+    Shapes: logits float32 [R, V] -> int64 [R]. Greedy rows take the lowest index among equals.
+    """
+    return sample_reference(logits, batch)
