@@ -1,0 +1,147 @@
+"""A real server as a child process: what a user starts, with what a test needs to look at it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import openai
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+
+READY = re.compile(r"http://[\w.:\[\]]+:(\d+)")
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class ActorProcess(NamedTuple):
+    name: str
+    process: psutil.Process
+
+
+class Server:
+    """`vlmrt launch` with these arguments, ready to answer."""
+
+    def __init__(self, process: subprocess.Popen[str], port: int, output: list[str]) -> None:
+        self.process = process
+        self.port = port
+        self.output = output
+        self.url = f"http://127.0.0.1:{port}"
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+    def actors(self) -> list[ActorProcess]:
+        """The live actor processes, by the name in their command line."""
+        found = []
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                match = re.search(r"((?:edge|media|scheduler|vit|llm)[:-]\d+)", " ".join(child.cmdline()))
+            except psutil.Error:
+                continue
+            if match is not None and child.status() != psutil.STATUS_ZOMBIE:
+                found.append(ActorProcess(match.group(1).replace("-", ":"), child))
+        return found
+
+    def pid(self, name: str) -> int:
+        return next(actor.process.pid for actor in self.actors() if actor.name == name)
+
+    def metrics(self) -> dict[str, float]:
+        """Sums over labels and actors, by metric name."""
+        totals: dict[str, float] = {}
+        for family in text_string_to_metric_families(httpx.get(f"{self.url}/metrics", timeout=5).text):
+            for sample in family.samples:
+                totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
+        return totals
+
+    def healthy(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/health", timeout=5).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def wait_until(self, condition: Callable[[], bool], what: str, deadline_s: float = 60.0) -> float:
+        """Seconds waited.  Fails the test with the server's output if the condition does not come true."""
+        began = time.monotonic()
+        while not condition():
+            waited = time.monotonic() - began
+            assert self.process.poll() is None, f"the server ended: {''.join(self.output)}"
+            assert waited < deadline_s, f"{what} did not come true in {deadline_s} s: {''.join(self.output)}"
+            time.sleep(0.02)
+        return time.monotonic() - began
+
+    def wait_until_restarted(self, name: str, old_pid: int) -> float:
+        """Until a new process of that name runs and the service is healthy again."""
+
+        def restarted() -> bool:
+            pids = [actor.process.pid for actor in self.actors() if actor.name == name]
+            return bool(pids) and old_pid not in pids and self.healthy()
+
+        return self.wait_until(restarted, f"{name} back")
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def left_over(processes: list[psutil.Process], deadline_s: float = 15.0) -> list[psutil.Process]:
+    """Those still alive after the deadline."""
+    _, alive = psutil.wait_procs(processes, timeout=deadline_s)
+    return [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "vlmrt.tools.cli", "launch", "--port", "0", *arguments]
+
+
+@contextmanager
+def launch(*arguments: str, run_root: Path, start_timeout_s: float = 120.0) -> Iterator[Server]:
+    """Start, wait for the ready block, hand over, end with SIGTERM; then nothing may be left."""
+    environment = {**os.environ, "TMPDIR": str(run_root), "XDG_RUNTIME_DIR": "", "PYTHONUNBUFFERED": "1"}
+    shared_before = set(SHARED_MEMORY.iterdir())
+    process = subprocess.Popen(
+        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+    output: list[str] = []
+    port: list[int] = []
+    ready = threading.Event()
+
+    def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            output.append(line)
+            match = READY.search(line)
+            if match is not None and not port:
+                port.append(int(match.group(1)))
+                ready.set()
+        ready.set()
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    children: list[psutil.Process] = []
+    try:
+        assert ready.wait(start_timeout_s), f"not ready in {start_timeout_s} s: {''.join(output)}"
+        assert port, f"the server ended before it was ready: {''.join(output)}"
+        yield Server(process, port[0], output)
+        if process.poll() is None:
+            children = descendants(process.pid)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0, "".join(output)
+    finally:
+        if process.poll() is None:
+            children = descendants(process.pid)
+            process.kill()
+            process.wait(10)
+        assert not left_over(children), "".join(output)
+        reader.join(10)
+        if process.stdout is not None:
+            process.stdout.close()
+    assert set(SHARED_MEMORY.iterdir()) <= shared_before
+    assert list(run_root.iterdir()) == [], f"left in the run directory: {list(run_root.iterdir())}"

@@ -1,0 +1,192 @@
+"""`vlmrt launch`: arguments -> checked Config -> a running service.
+
+Everything that can be found wrong without loading a weight is found here, in one line, before a process is spawned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+from pathlib import Path
+
+from vlmrt.actors.models.checkpoint_files import check_weight_files
+from vlmrt.actors.models.config import CheckpointError, ImageProcessing, ModelConfig
+from vlmrt.actors.models.registry import (
+    check_tensor_parallel,
+    load_generation_defaults,
+    load_image_processing,
+    load_model_config,
+)
+from vlmrt.runtime.config import (
+    Config,
+    Device,
+    Dtype,
+    MemoryOptions,
+    ModelOptions,
+    ParallelOptions,
+    SchedulingOptions,
+    ServerOptions,
+    SupervisionOptions,
+)
+from vlmrt.runtime.errors import StartupError
+from vlmrt.runtime.supervisor import Supervisor
+from vlmrt.tools.devices import num_cuda_devices
+from vlmrt.tools.launch_report import LaunchReport
+from vlmrt.tools.model_source import locate_model
+
+MAX_DEFAULT_MODEL_LEN = 32768
+DEFAULT_EMBEDDING_CACHE_GIB = {"cpu": 0.25, "cuda": 2.0}
+CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+GIB = 1 << 30
+MIB = 1 << 20
+
+
+def launch(arguments: argparse.Namespace) -> int:
+    """Serve until a signal.  Returns the exit status."""
+    logging.basicConfig(
+        level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    try:
+        config, model = build_config(arguments)
+        report = LaunchReport(config, model)
+        return asyncio.run(Supervisor(config, report).run())
+    except (StartupError, CheckpointError) as error:
+        print(f"vlmrt: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def build_config(arguments: argparse.Namespace) -> tuple[Config, ModelConfig]:
+    """Resolve what was left out and check what was given.
+
+    Raises: StartupError or CheckpointError, one line naming the flag or file, its value and the bound.
+    """
+    directory = locate_model(arguments.model, arguments.revision)
+    model = load_model_config(directory)
+    processing = load_image_processing(directory)
+    load_generation_defaults(directory)
+    check_tensor_parallel(model, arguments.tp)
+    check_weight_files(directory)
+    check_texts(directory, arguments.chat_template)
+    device, dtype = resolve_device(arguments.device, arguments.dtype, arguments.tp, model)
+    config = Config(
+        model=model_options(arguments, directory, model),
+        server=server_options(arguments),
+        scheduling=SchedulingOptions(
+            max_num_seqs=arguments.max_num_seqs,
+            max_waiting=arguments.max_waiting,
+            max_num_batched_tokens=arguments.max_num_batched_tokens,
+            prefix_caching=not arguments.no_prefix_caching,
+            embedding_caching=not arguments.no_embedding_caching,
+        ),
+        memory=memory_options(arguments, model, processing, device, dtype),
+        parallel=parallel_options(arguments, device, dtype),
+        supervision=SupervisionOptions(
+            shutdown_grace_s=arguments.shutdown_grace_s,
+            start_timeout_s=arguments.start_timeout_s,
+            fault_hooks=arguments.fault_hooks,
+        ),
+        log_level=arguments.log_level,
+    )
+    return config, model
+
+
+def check_texts(directory: Path, chat_template: str | None) -> None:
+    if not (directory / "tokenizer.json").is_file():
+        raise StartupError(f"{directory / 'tokenizer.json'}: missing; vlmrt reads the fast tokenizer's file")
+    if chat_template is not None and not Path(chat_template).is_file():
+        raise StartupError(f"--chat-template {chat_template}: no such file")
+    if chat_template is None and not any((directory / name).is_file() for name in CHAT_TEMPLATE_FILES):
+        raise StartupError(
+            f"{directory}: no chat template ({', '.join(CHAT_TEMPLATE_FILES)}); give --chat-template FILE"
+        )
+
+
+def resolve_device(device: str, dtype: str, tp: int, model: ModelConfig) -> tuple[Device, Dtype]:
+    num_gpus = num_cuda_devices() if device != "cpu" else 0
+    if device == "cuda" and num_gpus == 0:
+        raise StartupError("--device cuda: no CUDA device is visible to the driver")
+    chosen: Device = "cuda" if num_gpus else "cpu"
+    if chosen == "cuda" and tp > num_gpus:
+        raise StartupError(f"--tp {tp}: more ranks than visible CUDA devices ({num_gpus})")
+    if dtype == "float32" or (dtype == "auto" and chosen == "cpu"):
+        return chosen, "float32"
+    return chosen, "bfloat16"
+
+
+def model_options(arguments: argparse.Namespace, directory: Path, model: ModelConfig) -> ModelOptions:
+    longest = model.text.max_position_embeddings
+    max_model_len = arguments.max_model_len or min(longest, MAX_DEFAULT_MODEL_LEN)
+    if max_model_len > longest:
+        raise StartupError(f"--max-model-len {max_model_len}: the model's max_position_embeddings is {longest}")
+    names = arguments.served_model_name or [arguments.model.rstrip("/") if arguments.model else "vlmrt-demo"]
+    return ModelOptions(
+        directory=str(directory),
+        served_names=tuple(names),
+        revision=arguments.revision,
+        max_model_len=max_model_len,
+        chat_template=arguments.chat_template,
+        generation_config=arguments.generation_config,
+    )
+
+
+def server_options(arguments: argparse.Namespace) -> ServerOptions:
+    root = arguments.allowed_media_root
+    if root is not None and not Path(root).is_dir():
+        raise StartupError(f"--allowed-media-root {root}: no such directory")
+    return ServerOptions(
+        host=arguments.host,
+        port=arguments.port,
+        max_body_mib=arguments.max_body_mib,
+        request_timeout_s=arguments.request_timeout_s,
+        limit_images=arguments.limit_images,
+        max_pixels=arguments.max_pixels,
+        allowed_media_domains=tuple(arguments.allowed_media_domains),
+        allowed_media_root=None if root is None else str(Path(root).resolve()),
+        cors_origins=tuple(arguments.cors_origins),
+    )
+
+
+def memory_options(
+    arguments: argparse.Namespace, model: ModelConfig, processing: ImageProcessing, device: Device, dtype: Dtype
+) -> MemoryOptions:
+    """The slab and the arena must each hold the largest image that the checkpoint's limits allow."""
+    merged = processing.patch_size * processing.merge_size
+    row_bytes = model.vision.out_hidden_size * (4 if dtype == "float32" else 2)
+    image_bytes = -(-processing.max_pixels // merged**2) * row_bytes
+    slab_gib = arguments.embedding_cache_gib or max(DEFAULT_EMBEDDING_CACHE_GIB[device], 1.25 * image_bytes / GIB)
+    if slab_gib * GIB < image_bytes:
+        raise StartupError(
+            f"--embedding-cache-gib {slab_gib:g}: the largest image of this model (max_pixels {processing.max_pixels}) "
+            f"needs {image_bytes / GIB:.3f}"
+        )
+    arena_mib = arguments.pixel_arena_mib
+    if arena_mib * MIB < 3 * processing.max_pixels:
+        raise StartupError(
+            f"--pixel-arena-mib {arena_mib}: the largest image of this model (max_pixels {processing.max_pixels}) "
+            f"needs {-(-3 * processing.max_pixels // MIB)}"
+        )
+    return MemoryOptions(
+        kv_cache_gib=arguments.kv_cache_gib,
+        num_kv_blocks=arguments.num_kv_blocks,
+        embedding_cache_gib=slab_gib,
+        pixel_arena_mib=arena_mib,
+        gpu_memory_fraction=arguments.gpu_memory_fraction,
+    )
+
+
+def parallel_options(arguments: argparse.Namespace, device: Device, dtype: Dtype) -> ParallelOptions:
+    cores = len(os.sched_getaffinity(0))
+    return ParallelOptions(
+        device=device,
+        dtype=dtype,
+        tp=arguments.tp,
+        num_vits=arguments.num_vits or max(1, num_cuda_devices() if device == "cuda" else 1),
+        num_media_workers=arguments.media_workers,
+        llm_threads=arguments.llm_threads or max(1, cores // arguments.tp),
+        vit_threads=arguments.vit_threads,
+    )
