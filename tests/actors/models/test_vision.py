@@ -1,0 +1,76 @@
+"""Vision towers against transformers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.actors.models.conftest import Models
+from vlmrt.actors.models.vision_grid import window_layout
+
+GRIDS = [(1, 8, 10), (1, 6, 4), (2, 12, 8), (1, 4, 4), (1, 4, 4), (1, 20, 34), (1, 2, 2)]
+
+
+def patches(models: Models, grids: list[tuple[int, int, int]], seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(sum(t * h * w for t, h, w in grids), models.config.vision.patch_dim, generator=generator)
+
+
+@torch.inference_mode()
+def test_rows_of_a_mixed_batch_equal_the_reference(models: Models) -> None:
+    pixel_values = patches(models, GRIDS)
+    expected = models.reference.model.visual(pixel_values, grid_thw=torch.tensor(GRIDS)).pooler_output
+    rows = models.tower(pixel_values, GRIDS)
+    assert rows.shape == expected.shape
+    assert (rows - expected).abs().max() <= 2e-6 * expected.abs().max()
+
+
+@torch.inference_mode()
+def test_rows_of_an_image_do_not_depend_on_its_neighbours(models: Models) -> None:
+    pixel_values = patches(models, GRIDS)
+    together = models.tower(pixel_values, GRIDS)
+    patch = row = 0
+    for frames, height, width in GRIDS:
+        count = frames * height * width
+        alone = models.tower(pixel_values[patch : patch + count], [(frames, height, width)])
+        torch.testing.assert_close(alone, together[row : row + count // 4], rtol=1e-5, atol=2e-5)
+        patch, row = patch + count, row + count // 4
+
+
+@torch.inference_mode()
+def test_layers_run_in_quanta_give_the_same_rows(models: Models) -> None:
+    pixel_values = patches(models, GRIDS)
+    state = models.tower.prepare(pixel_values, GRIDS)
+    for layer in range(models.tower.num_layers):
+        assert models.tower.run_layers(state, layer, layer + 1) is state
+    assert torch.equal(models.tower.finish(state), models.tower(pixel_values, GRIDS))
+
+
+@torch.inference_mode()
+def test_layers_out_of_order_or_left_out_are_refused(models: Models) -> None:
+    state = models.tower.prepare(patches(models, [(1, 4, 4)]), [(1, 4, 4)])
+    with pytest.raises(ValueError, match="the next is 0"):
+        models.tower.run_layers(state, 1, 2)
+    with pytest.raises(ValueError, match="only 0 of 2 layers"):
+        models.tower.finish(state)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("grid_thw", [(1, 4, 6), (1, 2, 2), (1, 3, 4)])
+def test_patches_that_do_not_fit_the_grid_are_refused(models: Models, grid_thw: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="grid_thw"):
+        models.tower.prepare(torch.zeros(12, models.config.vision.patch_dim), [grid_thw])
+
+
+@pytest.mark.parametrize("grid_thw", [(1, 2, 2), (1, 8, 8), (2, 10, 6), (1, 18, 34), (3, 16, 8)])
+def test_windows_are_those_of_the_reference(grid_thw: tuple[int, int, int]) -> None:
+    from transformers.vision_utils import get_vision_window_index
+
+    index, cu_seqlens = get_vision_window_index(torch.tensor([grid_thw]), 2, 112, 14)
+    bounds = (cu_seqlens // 4).tolist()
+    expected = {tuple(index[a:b].tolist()) for a, b in zip(bounds, bounds[1:], strict=False)}
+    order, lengths = window_layout([grid_thw], 2, 4)
+    ours = np.split(order, np.cumsum(np.array(lengths) // 4)[:-1])
+    assert {tuple(window.tolist()) for window in ours} == expected
+    assert len(ours) == len(expected)
