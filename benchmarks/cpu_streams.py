@@ -4,7 +4,7 @@ Both servers get the same checkpoint, the same requests (a generated picture and
 and the same client; they run in turn, A B A B, and medians over the pairs are reported, since machines are noisy.
 
     python -m benchmarks.cpu_streams --peer '/path/to/vllm serve {model} --host 127.0.0.1 --port {port} \\
-        --dtype float32 --max-model-len 2048 --max-num-seqs 16 --enforce-eager --served-model-name model' --out results.json
+        --dtype float32 --max-model-len 2048 --max-num-seqs 16 --enforce-eager --served-model-name model'
 """
 
 from __future__ import annotations

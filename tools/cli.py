@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
         commands.add_parser(
             "launch",
             help="serve a model behind an OpenAI-compatible HTTP API",
-            description="Serve a model behind an OpenAI-compatible HTTP API.  Without --model: the embedded demo model.",
+            description="Serve a model behind an OpenAI-compatible HTTP API; without --model, the demo model.",
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
     )

@@ -1,4 +1,4 @@
-"""Through the running server, greedy tokens are transformers' greedy tokens: both families, tp 1 and 2, caches on and off."""
+"""Through the running server, greedy tokens are transformers': both families, tp 1 and 2, caches on and off."""
 
 from __future__ import annotations
 
