@@ -1,16 +1,45 @@
-"""The Actor protocol: what every kind of process implements, and what the runtime gives it."""
+"""The Actor protocol: what every kind of process implements, what the runtime gives it, and the loop that runs one."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
+import os
 import socket
+import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import zmq
+
+from vlmrt.runtime import shared_memory
+from vlmrt.runtime.codec import FrameDecoder, encode_header, encode_message
 from vlmrt.runtime.config import Config
-from vlmrt.runtime.messages import ActorName, Capabilities, Epoch, Message, PeerDown, PeerUp, ServiceStatus
+from vlmrt.runtime.control import ControlLink, SupervisorLost
+from vlmrt.runtime.errors import StartupError, VlmrtError
+from vlmrt.runtime.mailbox import Mailbox
+from vlmrt.runtime.messages import (
+    PROTOCOL_VERSION,
+    ActorName,
+    Capabilities,
+    Epoch,
+    Heartbeat,
+    Hello,
+    Message,
+    PeerDown,
+    PeerUp,
+    Progress,
+    Ready,
+    ServiceStatus,
+    Shutdown,
+    StartFailed,
+)
 from vlmrt.runtime.metrics import Metrics
+from vlmrt.runtime.spawner import START_FAILED, ProcessSpec
+from vlmrt.runtime.topology import INBOXES
+from vlmrt.runtime.transport import Sender, Socket, new_context
 
 Inbound = TypeVar("Inbound", contravariant=True)
 
@@ -32,6 +61,7 @@ class ActorContext(Protocol):
     name: ActorName
     epoch: Epoch
     index: int
+    device: str  # "cpu" or "cuda:<ordinal>"
     config: Config
     run_dir: Path
     outbox: Outbox
@@ -80,3 +110,210 @@ class Actor(Protocol[Inbound]):
 
 
 ActorFactory = Callable[[ActorContext], Actor[Any]]
+
+
+# ---------------------------------------------------------------- the loop that runs one
+
+_MESSAGES_PER_TURN = 32  # then heartbeats and the actor's own tasks get theirs
+_EXIT_MARGIN_S = 2.0
+
+logger = logging.getLogger(__name__)
+
+
+class ActorStopped(VlmrtError):
+    """The actor ended as the supervisor asked: unwinds its TaskGroup."""
+
+
+class PeerOutbox:
+    """Senders to the living incarnations of peers.  Only for the event loop's thread."""
+
+    def __init__(self, context: zmq.Context[Socket], name: ActorName, epoch: Epoch, metrics: Metrics) -> None:
+        self._context = context
+        self._header = encode_header(name, epoch)
+        self._metrics = metrics
+        self._senders: dict[ActorName, tuple[Epoch, Sender]] = {}
+        self._last: tuple[Message, bytes] | None = None  # one message to many ranks is encoded once
+
+    def connect(self, peer: ActorName, epoch: Epoch, address: str) -> None:
+        self.disconnect(peer, epoch)
+        self._senders[peer] = (epoch, Sender(self._context, address, self._header))
+
+    def disconnect(self, peer: ActorName, epoch: Epoch) -> None:
+        """Close the channel to this incarnation or an earlier one."""
+        entry = self._senders.get(peer)
+        if entry is not None and entry[0] <= epoch:
+            del self._senders[peer]
+            entry[1].close()
+
+    def send(self, peer: ActorName, message: Message) -> bool:
+        """See Outbox.send."""
+        entry = self._senders.get(peer)
+        if entry is None:
+            self._metrics.add("unsent_messages_total")
+            return False
+        if self._last is None or self._last[0] is not message:
+            self._last = (message, encode_message(message))
+        entry[1].send(self._last[1])
+        return True
+
+    def close(self) -> None:
+        for _, sender in self._senders.values():
+            sender.close()
+        self._senders.clear()
+
+
+class ProcessContext:
+    """The ActorContext of a real process."""
+
+    def __init__(
+        self, spec: ProcessSpec, outbox: Outbox, metrics: Metrics, listen_socket: socket.socket | None
+    ) -> None:
+        self.name = spec.actor.name
+        self.epoch = spec.epoch
+        self.index = spec.actor.index
+        self.device = spec.actor.device
+        self.config = spec.config
+        self.run_dir = Path(spec.run_dir)
+        self.outbox = outbox
+        self.metrics = metrics
+        self.listen_socket = listen_socket
+        self._memory_path = spec.memory_path
+        self._loop = asyncio.get_running_loop()
+        self._report: Callable[[Message], None] | None = None
+        self._tasks: asyncio.TaskGroup | None = None
+
+    def bind(self, report: Callable[[Message], None], tasks: asyncio.TaskGroup) -> None:
+        """Connect it to the process's control channel and TaskGroup."""
+        self._report, self._tasks = report, tasks
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        assert self._report is not None
+        self._loop.call_soon_threadsafe(self._report, Progress(stage, done, total))
+
+    def create_task(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        assert self._tasks is not None
+        return self._tasks.create_task(coroutine, name=name)
+
+    def create_memory(self, name: str, num_bytes: int) -> int:
+        return shared_memory.create_memory(self._memory_path, name, num_bytes)
+
+    def open_memory(self, name: str) -> int:
+        return shared_memory.open_memory(self._memory_path, name)
+
+
+class ActorProcess:
+    """One incarnation of one actor in this process, from Hello to its end."""
+
+    def __init__(self, spec: ProcessSpec, load_factory: Callable[[str], ActorFactory]) -> None:
+        """`load_factory` imports "package.module:Class"; it runs in a thread, since it may import torch."""
+        self._spec = spec
+        self._load_factory = load_factory
+        self._wake = asyncio.Event()
+        self._metrics = Metrics()
+        self._loop_lag_ms = 0.0
+        self._zmq = new_context()
+        self._control = ControlLink(self._zmq, spec, self._metrics, self._wake)
+        self._outbox = PeerOutbox(self._zmq, spec.actor.name, spec.epoch, self._metrics)
+        self._mailbox = Mailbox(FrameDecoder[Any](INBOXES[spec.actor.kind]), self._metrics, self._wake)
+
+    async def run(self, listen_socket: socket.socket | None) -> int:
+        """Exit code: 0 after a Shutdown, START_FAILED if the start failed in a way the supervisor was told.
+
+        Raises whatever the actor raised, in an ExceptionGroup; SupervisorLost if nobody supervises any more.
+        """
+        spec = self._spec
+        self._mailbox.bind(self._zmq, spec.inbox_address)
+        self._control.send(Hello(spec.actor.name, spec.epoch, os.getpid(), PROTOCOL_VERSION, spec.inbox_address))
+        context = ProcessContext(spec, self._outbox, self._metrics, listen_socket)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                context.bind(self._control.send, tasks)
+                tasks.create_task(self._watch_lifeline(), name="lifeline")
+                tasks.create_task(self._beat(), name="heartbeat")
+                factory = await asyncio.to_thread(self._load_factory, spec.actor.factory)
+                actor = factory(context)
+                self._control.send(Ready(await actor.start()))
+                await self._serve(actor)
+                raise ActorStopped
+        except* ActorStopped:
+            return_code = 0
+        except* StartupError as errors:
+            message = " ".join(str(_first(errors)).split())
+            logger.error("start failed: %s", message)
+            self._control.send(StartFailed(message))
+            return_code = START_FAILED
+        finally:
+            self._close()
+        return return_code
+
+    async def _serve(self, actor: Actor[Any]) -> None:
+        """One message at a time, news of peers before messages of peers, until Shutdown."""
+        num_handled = 0
+        while True:
+            self._wake.clear()
+            if (news := self._control.take()) is not None:
+                if isinstance(news, Shutdown):
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(news.grace_s + _EXIT_MARGIN_S):
+                            await actor.stop(news.grace_s)
+                    self._control.send(self._heartbeat())
+                    return
+                await self._apply(actor, news)
+            elif (envelope := self._mailbox.take()) is not None:
+                await actor.handle(envelope.message, envelope.sender)
+                num_handled += 1
+                if num_handled % _MESSAGES_PER_TURN == 0:
+                    await asyncio.sleep(0)
+            else:
+                await self._wake.wait()
+
+    async def _apply(self, actor: Actor[Any], news: PeerUp | PeerDown | ServiceStatus) -> None:
+        match news:
+            case PeerUp():
+                self._outbox.connect(news.actor, news.epoch, news.address)
+                self._mailbox.peer_up(news.actor, news.epoch)
+                await actor.peer_up(news)
+            case PeerDown():
+                self._outbox.disconnect(news.actor, news.epoch)
+                self._mailbox.peer_down(news.actor, news.epoch)
+                await actor.peer_down(news)
+            case ServiceStatus():
+                await actor.status(news)
+
+    async def _beat(self) -> None:
+        """From the event loop, so that a stuck loop falls silent."""
+        period_s = self._spec.config.supervision.heartbeat_s
+        while True:
+            self._metrics.set("mailbox_depth", self._mailbox.depth)
+            self._metrics.set("mailbox_age_seconds", self._mailbox.oldest_age_s())
+            self._control.send(self._heartbeat())
+            due_s = time.monotonic() + period_s
+            await asyncio.sleep(period_s)
+            self._loop_lag_ms = max(0.0, time.monotonic() - due_s) * 1000
+
+    def _heartbeat(self) -> Heartbeat:
+        return Heartbeat(self._loop_lag_ms, self._metrics.snapshot())
+
+    async def _watch_lifeline(self) -> None:
+        """The pipe ends when the supervisor does, however it does."""
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        loop.add_reader(self._spec.lifeline_fd, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(self._spec.lifeline_fd)
+        raise SupervisorLost("the supervisor is gone")
+
+    def _close(self) -> None:
+        self._outbox.close()
+        self._mailbox.close()
+        self._control.close()
+        self._zmq.term()
+
+
+def _first(group: BaseExceptionGroup[Any]) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

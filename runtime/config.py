@@ -31,7 +31,9 @@ class ServerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     request_timeout_s: float = 600.0
     limit_images: int = 64  # per request
     max_pixels: int = 100_000_000  # of one encoded image, before resizing
-    allowed_media_domains: tuple[str, ...] = ()  # host, IP, CIDR or "*", each with an optional :port; empty: no fetching
+    allowed_media_domains: tuple[
+        str, ...
+    ] = ()  # host, IP, CIDR or "*", each with an optional :port; empty: no fetching
     allowed_media_root: str | None = None
     media_fetch_timeout_s: float = 10.0
     max_fetch_mib: int = 32

@@ -59,9 +59,7 @@ class RequestError(VlmrtError):
 
     @classmethod
     def from_wire(cls, wire: WireError) -> RequestError:
-        return cls(
-            wire.message, status=wire.status, code=wire.code, param=wire.param, retry_after_s=wire.retry_after_s
-        )
+        return cls(wire.message, status=wire.status, code=wire.code, param=wire.param, retry_after_s=wire.retry_after_s)
 
 
 def error_type(status: int) -> str:

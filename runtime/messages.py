@@ -428,9 +428,7 @@ class ServiceStatus(Message, frozen=True):
 
 EdgeInbox = NeedMedia | TokenBatch
 MediaInbox = Decode | FreePixels
-SchedulerInbox = (
-    Submit | Abort | MediaUnsent | PixelsReady | DecodeFailed | EmbedsReady | EncodeFailed | StepResult
-)
+SchedulerInbox = Submit | Abort | MediaUnsent | PixelsReady | DecodeFailed | EmbedsReady | EncodeFailed | StepResult
 VitInbox = Encode | CancelEncode
 LlmInbox = AttachSlab | DetachSlab | StepPlan
 SupervisorInbox = Hello | Progress | Ready | StartFailed | Heartbeat

@@ -1,13 +1,237 @@
-"""Counters, gauges and histograms of one actor, and the Prometheus text of all of them."""
+"""Counters, gauges and histograms of one actor, and the Prometheus text of all of them.
+
+An actor keeps cumulative values of its own incarnation; the supervisor adds up incarnations; an edge renders the totals.
+"""
 
 from __future__ import annotations
 
+import re
+import threading
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from vlmrt.runtime.messages import ActorStatus, Histogram, MetricsSnapshot, ServiceStatus
+
+if TYPE_CHECKING:
+    from prometheus_client.metrics_core import Metric as Family
+
+MetricKind = Literal["counter", "gauge", "histogram"]
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+TOKEN_COUNTS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0)
+IMAGE_COUNTS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, 64.0)
+
+
+class Metric(NamedTuple):
+    kind: MetricKind
+    help: str
+    bounds: tuple[float, ...] = ()  # of a histogram
+
+
+METRICS: Mapping[str, Metric] = {
+    "requests_running": Metric("gauge", "Requests in a slot of the running batch."),
+    "requests_waiting": Metric("gauge", "Accepted requests that are not running yet."),
+    "kv_cache_usage_ratio": Metric("gauge", "Share of the KV blocks that hold data of running requests."),
+    "embedding_cache_usage_ratio": Metric("gauge", "Share of the embedding pages in use."),
+    "prefix_cache_queries_total": Metric("counter", "Prompt tokens looked up in the KV prefix cache."),
+    "prefix_cache_hits_total": Metric("counter", "Prompt tokens found in the KV prefix cache."),
+    "embedding_cache_queries_total": Metric("counter", "Images looked up in the embedding cache."),
+    "embedding_cache_hits_total": Metric("counter", "Images found in the embedding cache."),
+    "embedding_cache_evictions_total": Metric("counter", "Images evicted from the embedding cache."),
+    "preemptions_total": Metric("counter", "Running requests put back to waiting for want of KV blocks."),
+    "recomputations_total": Metric("counter", "Requests resumed by recomputation after the LLM group was lost."),
+    "prompt_tokens_total": Metric("counter", "Prompt tokens of admitted requests."),
+    "generation_tokens_total": Metric("counter", "Tokens generated and sent."),
+    "request_success_total": Metric("counter", "Requests that ended well, by finished_reason."),
+    "request_errors_total": Metric("counter", "Requests that ended with an error, by code."),
+    "requests_aborted_total": Metric("counter", "Requests given up by their client or their edge."),
+    "time_to_first_token_seconds": Metric("histogram", "From the request's arrival to its first token.", SECONDS),
+    "inter_token_latency_seconds": Metric("histogram", "Between two tokens of one request.", SECONDS),
+    "e2e_request_latency_seconds": Metric("histogram", "From the request's arrival to its end.", SECONDS),
+    "images_encoded_total": Metric("counter", "Images that went through the vision tower."),
+    "vit_batch_images": Metric("histogram", "Images in one forward of the vision tower.", IMAGE_COUNTS),
+    "encode_seconds": Metric("histogram", "One forward of the vision tower.", SECONDS),
+    "images_decoded_total": Metric("counter", "Images decoded and resized."),
+    "decode_image_seconds": Metric("histogram", "Decoding and resizing one image.", SECONDS),
+    "pixel_arena_bytes": Metric("gauge", "Bytes of the pixel arena in use."),
+    "step_seconds": Metric("histogram", "One step of the language model.", SECONDS),
+    "step_tokens": Metric("histogram", "Tokens in one step of the language model.", TOKEN_COUNTS),
+    "actor_up": Metric("gauge", "1 if the actor is ready, 0 if not."),
+    "actor_restarts_total": Metric("counter", "Restarts of the actor since the service started."),
+    "heartbeat_age_seconds": Metric("gauge", "Time since the actor's last heartbeat."),
+    "loop_lag_ms": Metric("gauge", "How late the actor's event loop ran its last heartbeat."),
+    "mailbox_depth": Metric("gauge", "Messages waiting in the actor's mailbox."),
+    "mailbox_age_seconds": Metric("gauge", "How long the next message in the actor's mailbox has waited."),
+    "stale_messages_total": Metric("counter", "Messages of dead incarnations, dropped."),
+    "unsent_messages_total": Metric("counter", "Messages not sent because the peer was not up."),
+    "bad_frames_total": Metric("counter", "Frames that were no message, dropped."),
+    "http_requests_total": Metric("counter", "HTTP requests answered, by code."),
+    "media_bytes_in_flight": Metric("gauge", "Encoded bytes of media held for open requests."),
+}
+
+
+def series_key(name: str, labels: Mapping[str, str]) -> str:
+    """`name` or `name{label="value"}`, labels sorted, values escaped as Prometheus does."""
+    if not labels:
+        return name
+    pairs = (f'{label}="{_escape(value)}"' for label, value in sorted(labels.items()))
+    return f"{name}{{{','.join(pairs)}}}"
+
+
+_LABEL = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\]|\\.)*)"(?:,|$)')
+_ESCAPES = {"\\\\": "\\", '\\"': '"', "\\n": "\n"}
+
+
+def parse_series_key(key: str) -> tuple[str, dict[str, str]]:
+    """The inverse of series_key."""
+    name, brace, rest = key.partition("{")
+    if not brace:
+        return name, {}
+    return name, {
+        label: re.sub(r'\\[\\"n]', lambda match: _ESCAPES[match[0]], value)
+        for label, value in _LABEL.findall(rest.removesuffix("}"))
+    }
+
+
+def _escape(value: str) -> str:
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
 
 class Metrics:
-    """This actor's metrics.  Safe from any thread; a snapshot costs one copy."""
+    """This actor's metrics.  Safe from any thread; a snapshot costs one copy.  A name not in METRICS is a ValueError."""
 
-    def add(self, name: str, amount: float = 1.0, **labels: str) -> None: ...
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counters: dict[str, float] = {}
+        self._gauges: dict[str, float] = {}
+        self._histograms: dict[str, tuple[tuple[float, ...], list[int], list[float]]] = {}
 
-    def set(self, name: str, value: float, **labels: str) -> None: ...
+    def add(self, name: str, amount: float = 1.0, **labels: str) -> None:
+        """Count up.  Raises ValueError if the name is no counter or the amount is negative."""
+        _check(name, "counter")
+        if amount < 0:
+            raise ValueError(f"counter {name} cannot go down by {-amount}")
+        key = series_key(name, labels)
+        with self._lock:
+            self._counters[key] = self._counters.get(key, 0.0) + amount
 
-    def observe(self, name: str, value: float, bounds: tuple[float, ...], **labels: str) -> None: ...
+    def set(self, name: str, value: float, **labels: str) -> None:
+        """Set a gauge.  Raises ValueError if the name is none."""
+        _check(name, "gauge")
+        key = series_key(name, labels)
+        with self._lock:
+            self._gauges[key] = value
+
+    def observe(self, name: str, value: float, bounds: tuple[float, ...] | None = None, **labels: str) -> None:
+        """Count a value in its bucket: the first whose bound is not below it.  Buckets are METRICS' unless given.
+
+        Raises ValueError if the name is no histogram, or if its bounds differ from earlier ones.
+        """
+        bounds = bounds or _check(name, "histogram").bounds
+        _check(name, "histogram")
+        key = series_key(name, labels)
+        with self._lock:
+            known, counts, total = self._histograms.setdefault(key, (bounds, [0] * (len(bounds) + 1), [0.0]))
+            if known != bounds:
+                raise ValueError(f"histogram {name} has bounds {known}, not {bounds}")
+            counts[bisect_left(bounds, value)] += 1
+            total[0] += value
+
+    def snapshot(self) -> MetricsSnapshot:
+        with self._lock:
+            return MetricsSnapshot(
+                counters=dict(self._counters),
+                gauges=dict(self._gauges),
+                histograms={
+                    key: Histogram(bounds, tuple(counts), total[0])
+                    for key, (bounds, counts, total) in self._histograms.items()
+                },
+            )
+
+
+def _check(name: str, kind: MetricKind) -> Metric:
+    metric = METRICS.get(name)
+    if metric is None:
+        raise ValueError(f"unknown metric {name!r}: add it to METRICS in runtime/metrics.py")
+    if metric.kind != kind:
+        raise ValueError(f"metric {name} is a {metric.kind}, not a {kind}")
+    return metric
+
+
+EMPTY_SNAPSHOT = MetricsSnapshot({}, {}, {})
+
+
+def merge_snapshots(finished: MetricsSnapshot, live: MetricsSnapshot) -> MetricsSnapshot:
+    """Counters and histograms added up; gauges are the live incarnation's only."""
+    counters = dict(finished.counters)
+    for key, value in live.counters.items():
+        counters[key] = counters.get(key, 0.0) + value
+    histograms = dict(finished.histograms)
+    for key, histogram in live.histograms.items():
+        histograms[key] = _add_histograms(histograms.get(key), histogram)
+    return MetricsSnapshot(counters, dict(live.gauges), histograms)
+
+
+def _add_histograms(before: Histogram | None, after: Histogram) -> Histogram:
+    if before is None or before.bounds != after.bounds:
+        return after
+    counts = tuple(a + b for a, b in zip(before.counts, after.counts, strict=True))
+    return Histogram(after.bounds, counts, before.total + after.total)
+
+
+def prometheus_text(status: ServiceStatus) -> bytes:
+    """Every actor's totals in the Prometheus text format, names prefixed `vlmrt_`, with a label `actor`."""
+    from prometheus_client.exposition import generate_latest
+    from prometheus_client.metrics_core import Metric as Family
+
+    families: dict[str, Family] = {}
+    for actor, key, value in _samples(status):
+        name, labels = parse_series_key(key)
+        if name not in METRICS:
+            continue  # the text stays valid whatever an actor sent
+        metric = METRICS[name]
+        family = families.setdefault(name, Family(f"vlmrt_{name}".removesuffix("_total"), metric.help, metric.kind))
+        labels = {"actor": actor, **labels}
+        if isinstance(value, Histogram):
+            for bound, count in _cumulative(value):
+                family.add_sample(f"vlmrt_{name}_bucket", {**labels, "le": bound}, count)
+            family.add_sample(f"vlmrt_{name}_sum", labels, value.total)
+            family.add_sample(f"vlmrt_{name}_count", labels, sum(value.counts))
+        else:
+            family.add_sample(f"vlmrt_{name}", labels, value)
+    return bytes(generate_latest(_Collected(families.values())))
+
+
+class _Collected:
+    """What prometheus_client calls a registry."""
+
+    def __init__(self, families: Iterable[Family]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Family]:
+        return self._families
+
+
+def _samples(status: ServiceStatus) -> Iterator[tuple[str, str, float | Histogram]]:
+    for actor in status.actors:
+        yield from ((actor.actor, key, value) for key, value in _actor_samples(actor))
+    for name, snapshot in status.metrics.items():
+        for values in (snapshot.counters, snapshot.gauges, snapshot.histograms):
+            yield from ((name, key, value) for key, value in values.items())
+
+
+def _actor_samples(actor: ActorStatus) -> Iterator[tuple[str, float]]:
+    yield "actor_up", float(actor.state == "ready")
+    yield "actor_restarts_total", float(actor.num_restarts)
+    yield "heartbeat_age_seconds", actor.heartbeat_age_s
+    yield "loop_lag_ms", actor.loop_lag_ms
+
+
+def _cumulative(histogram: Histogram) -> Iterator[tuple[str, float]]:
+    from prometheus_client.utils import floatToGoString
+
+    running = 0
+    for bound, count in zip((*histogram.bounds, float("inf")), histogram.counts, strict=True):
+        running += count
+        yield floatToGoString(bound), running
