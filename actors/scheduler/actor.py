@@ -1,0 +1,112 @@
+"""The scheduler's process: mailbox -> State -> outbox.  Everything it decides is in State."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from vlmrt.actors.scheduler.state import Send, State
+from vlmrt.runtime.actor import ActorContext
+from vlmrt.runtime.errors import ChannelFull
+from vlmrt.runtime.messages import (
+    ActorName,
+    Capabilities,
+    PeerDown,
+    PeerUp,
+    SchedulerInbox,
+    SchedulerReady,
+    ServiceStatus,
+    StepResult,
+    TokenBatch,
+)
+
+_METRICS_PERIOD_S = 0.25
+
+logger = logging.getLogger(__name__)
+
+
+class SchedulerActor:
+    """Applies each message to State and sends what State says.
+
+    A StepResult is followed by the next plan at once; other events wait for those that came with them, so that a burst
+    of requests shares a step.
+    """
+
+    def __init__(self, context: ActorContext) -> None:
+        self._context = context
+        self._state = State(context.config)
+        self._copied: dict[str, int] = {}
+        self._advance_soon: asyncio.Handle | None = None
+        self._wake: asyncio.TimerHandle | None = None
+
+    async def start(self) -> Capabilities:
+        self._context.create_task(self._copy_metrics(), "metrics")
+        return SchedulerReady()
+
+    async def peer_up(self, peer: PeerUp) -> None:
+        self._post(self._state.on_peer_up(peer, time.monotonic()))
+        self._advance_after_this_turn()
+
+    async def peer_down(self, peer: PeerDown) -> None:
+        self._post(self._state.on_peer_down(peer, time.monotonic()))
+        self._advance_after_this_turn()
+
+    async def status(self, status: ServiceStatus) -> None:
+        """Only edges are told."""
+
+    async def handle(self, message: SchedulerInbox, sender: ActorName) -> None:
+        self._post(self._state.on_event(sender, message, time.monotonic()))
+        if isinstance(message, StepResult):
+            self._advance()
+        else:
+            self._advance_after_this_turn()
+
+    async def stop(self, grace_s: float) -> None:
+        """Nothing to end: edges have finished or ended their requests, ranks and ViTs are stopped by the supervisor."""
+
+    # ------------------------------------------------------------ steps
+
+    def _advance_after_this_turn(self) -> None:
+        if self._advance_soon is None:
+            self._advance_soon = asyncio.get_running_loop().call_soon(self._advance)
+
+    def _advance(self) -> None:
+        if self._advance_soon is not None:
+            self._advance_soon.cancel()
+            self._advance_soon = None
+        self._post(self._state.advance(time.monotonic()))
+        if self._wake is not None:
+            self._wake.cancel()
+            self._wake = None
+        if (at_s := self._state.wake_at_s) is not None:
+            self._wake = asyncio.get_running_loop().call_later(max(0.0, at_s - time.monotonic()), self._advance)
+
+    def _post(self, sends: list[Send]) -> None:
+        """A peer that is not up gets nothing; its PeerDown is on the way and tells State."""
+        for peer, message in sends:
+            try:
+                self._context.outbox.send(peer, message)
+            except ChannelFull:
+                logger.error("%s takes no messages any more; a %s is lost", peer, type(message).__name__)
+                if isinstance(message, TokenBatch):  # its requests must not go on with a hole in their text
+                    self._post(self._state.give_up_edge(peer, time.monotonic()))
+
+    # ------------------------------------------------------------ metrics
+
+    async def _copy_metrics(self) -> None:
+        while True:
+            self._copy_counters()
+            self._set_gauges()
+            await asyncio.sleep(_METRICS_PERIOD_S)
+
+    def _copy_counters(self) -> None:
+        metrics = self._context.metrics
+        for name, value in self._state.totals().items():
+            if value > self._copied.get(name, 0):
+                metrics.add(name, value - self._copied.get(name, 0))
+                self._copied[name] = value
+
+    def _set_gauges(self) -> None:
+        for name, value in self._state.gauges().items():
+            self._context.metrics.set(name, value)

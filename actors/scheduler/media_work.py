@@ -1,0 +1,411 @@
+"""The way of an image that is wanted and not in a slab: asked of an edge, decoded, encoded.
+
+One job per mm_hash, however many requests want it.  Scarce places (decodes at once, arena bytes, slab pages) go to jobs
+in the order of their most urgent reader, and the most urgent job of all may take them from later ones: so it always
+gets on.
+"""
+
+from __future__ import annotations
+
+import enum
+import heapq
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from vlmrt.actors.scheduler.counters import Counters
+from vlmrt.actors.scheduler.embed_cache import EmbedCache, Entry, Slab
+from vlmrt.actors.scheduler.request import MediaKey, Request
+from vlmrt.runtime.errors import WireError
+from vlmrt.runtime.messages import (
+    ActorName,
+    ArenaRef,
+    CancelEncode,
+    Encode,
+    Epoch,
+    FreePixels,
+    MediaItem,
+    Message,
+    MmHash,
+    NeedMedia,
+    PixelsReady,
+    RequestId,
+)
+
+UNSENT_RETRY_S = 0.02
+_BYTES_PER_PATCH = 768  # 16 x 16 pixels of 3 bytes; raised when a worker's pixels are found to need more
+
+Sender = Callable[[ActorName, Message], None]
+EdgeOf = Callable[[RequestId], ActorName]
+
+
+class Stage(enum.Enum):
+    NEEDED = "needed"  # nobody has been asked
+    DECODING = "decoding"  # an edge has been asked to hand it to a media worker
+    DECODED = "decoded"  # pixels in an arena, no pages yet
+    ENCODING = "encoding"  # pages are allocated, a ViT is at it
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    mm_hash: MmHash
+    grid_thw: tuple[int, int, int]
+    num_rows: int
+    stage: Stage = Stage.NEEDED
+    asked: RequestId | None = None  # through which request
+    worker: ActorName | None = None  # whose arena is charged with num_bytes
+    num_bytes: int = 0
+    pixels: ArenaRef | None = None  # None while encoding: their arena is gone
+    shape: tuple[int, int, int, int] = (0, 0, 0, 0)
+    encode_id: int = -1
+    vit: ActorName | None = None
+    is_cancelled: bool = False
+    num_media_losses: int = 0
+    num_vit_losses: int = 0
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid_thw[0] * self.grid_thw[1] * self.grid_thw[2]
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """A media worker that is up."""
+
+    name: ActorName
+    epoch: Epoch
+    arena_bytes: int
+    num_decoding: int = 0
+    num_bytes: int = 0  # of pixels there or to come
+
+
+class MediaWork:
+    """Jobs, media workers and ViTs.  `send` posts a message; `failures` gathers what the caller has to fail."""
+
+    def __init__(self, embeds: EmbedCache, send: Sender, edge_of: EdgeOf, counters: Counters) -> None:
+        self.embeds = embeds
+        self.jobs: dict[MmHash, Job] = {}
+        self.workers: dict[ActorName, Worker] = {}
+        self.decoding: dict[MmHash, Job] = {}
+        self.decoded: dict[MmHash, Job] = {}
+        self.encoding: dict[int, Job] = {}  # by encode_id
+        self.failures: list[tuple[list[RequestId], WireError]] = []
+        self.retry_at_s: dict[MmHash, float] = {}  # needed, but not to be asked for before then
+        self._needed: list[tuple[MediaKey, MmHash]] = []  # a heap; entries whose job has moved on are skipped
+        self._send = send
+        self._edge_of = edge_of
+        self._counters = counters
+        self._next_encode_id = 1
+        self._bytes_per_patch = float(_BYTES_PER_PATCH)
+
+    # ------------------------------------------------------------ who wants what
+
+    def want(self, request: Request, num_covered_tokens: int) -> None:
+        """Make this request a reader of exactly the items that end behind its first num_covered_tokens tokens."""
+        wanted: dict[MmHash, MediaKey] = {}
+        items: dict[MmHash, MediaItem] = {}
+        for item in request.media:
+            if item.start + item.num_tokens > num_covered_tokens and item.mm_hash not in wanted:
+                wanted[item.mm_hash] = (*request.key, item.start)
+                items[item.mm_hash] = item
+        before, request.wanted_media = request.wanted_media, wanted
+        for mm_hash, key in wanted.items():
+            if before.get(mm_hash) != key:
+                self.embeds.add_reader(mm_hash, request.request_id, key)
+                self._begin_job(items[mm_hash], key)
+        for mm_hash in before:
+            if mm_hash not in wanted:
+                self._leave(mm_hash, request.request_id)
+
+    def want_nothing(self, request: Request) -> None:
+        """This request has ended."""
+        wanted, request.wanted_media = request.wanted_media, {}
+        for mm_hash in wanted:
+            self._leave(mm_hash, request.request_id)
+
+    def _begin_job(self, item: MediaItem, key: MediaKey) -> None:
+        job = self.jobs.get(item.mm_hash)
+        if job is None:
+            if self.embeds.ready_entry(item.mm_hash) is not None:
+                self._counters.embed_hits += 1
+                return
+            self._counters.embed_misses += 1
+            job = self.jobs[item.mm_hash] = Job(item.mm_hash, item.grid_thw, item.num_tokens)
+        if job.stage is Stage.NEEDED:
+            heapq.heappush(self._needed, (key, item.mm_hash))
+
+    def _leave(self, mm_hash: MmHash, request_id: RequestId) -> None:
+        is_unwanted = self.embeds.remove_reader(mm_hash, request_id)
+        job = self.jobs.get(mm_hash)
+        if job is None:
+            return
+        if not is_unwanted:
+            if job.stage is Stage.DECODING and job.asked == request_id:  # its edge may not have handed it on
+                self._ask_anew(job)
+        elif job.stage is Stage.ENCODING:
+            if not job.is_cancelled:
+                job.is_cancelled = True
+                assert job.vit is not None
+                self._send(job.vit, CancelEncode(job.encode_id))
+        else:
+            self._end_job(job)
+
+    # ------------------------------------------------------------ media workers
+
+    def add_worker(self, name: ActorName, epoch: Epoch, arena_bytes: int) -> None:
+        self.workers[name] = Worker(name, epoch, arena_bytes)
+
+    def drop_worker(self, name: ActorName) -> None:
+        """Its incarnation is gone, and its arena with it."""
+        for job in list(self.jobs.values()):
+            if job.worker != name:
+                continue
+            job.worker, job.num_bytes, job.pixels = None, 0, None  # nothing left to give back
+            if job.stage is Stage.DECODING:
+                job.num_media_losses += 1
+                if job.num_media_losses > 1:
+                    self._fail(job, _died("media worker", "media_worker_died", "decoding"))
+                    continue
+            if job.stage is not Stage.ENCODING:
+                self._ask_anew(job)
+        del self.workers[name]
+
+    def on_unsent(self, mm_hash: MmHash, request_id: RequestId, now_s: float) -> None:
+        """The edge knows that media worker to be gone: ask again, but not as fast as the two can exchange messages."""
+        job = self.jobs.get(mm_hash)
+        if job is not None and job.stage is Stage.DECODING and job.asked == request_id:
+            self._reset(job)
+            self.retry_at_s[mm_hash] = now_s + UNSENT_RETRY_S
+
+    def on_pixels(self, sender: ActorName, message: PixelsReady) -> None:
+        job = self.jobs.get(message.mm_hash)
+        worker = self.workers.get(sender)
+        if worker is None or worker.epoch != message.pixels.epoch:
+            return
+        if job is None or job.stage not in (Stage.NEEDED, Stage.DECODING):
+            self._counters.unwanted_pixels += 1
+            self._send(sender, FreePixels((message.pixels,)))
+            return
+        self._reset(job)
+        self._bytes_per_patch = max(self._bytes_per_patch, message.pixels.num_bytes / max(1, job.num_patches))
+        job.stage, job.pixels, job.shape = Stage.DECODED, message.pixels, message.shape
+        job.worker, job.num_bytes = sender, message.pixels.num_bytes
+        worker.num_bytes += job.num_bytes
+        self.decoded[job.mm_hash] = job
+
+    def on_decode_failed(self, mm_hash: MmHash, sender: ActorName, error: WireError) -> None:
+        """A 4xx is the image's fault and final; anything else is tried once more."""
+        job = self.jobs.get(mm_hash)
+        if job is None or job.stage is not Stage.DECODING or job.worker != sender:
+            return
+        job.num_media_losses += 1
+        if error.status < 500 or job.num_media_losses > 1:
+            self._fail(job, error)
+        else:
+            self._ask_anew(job)
+
+    # ------------------------------------------------------------ ViTs
+
+    def drop_vit(self, name: ActorName) -> None:
+        """Its incarnation is gone: what it was encoding is done once more, what lay ready is wanted anew."""
+        for entry in self.embeds.drop_slab(name):
+            job = self.jobs.get(entry.mm_hash)
+            if job is not None:
+                del self.encoding[job.encode_id]
+                job.num_vit_losses += 1
+                if job.num_vit_losses > 1:
+                    self._fail(job, _died("vision worker", "vision_worker_died", "encoding"))
+                else:
+                    self._encode_anew(job)
+            elif entry.mm_hash in self.embeds.readers:
+                self._begin_again(entry)
+
+    def on_embeds_ready(self, sender: ActorName, encode_id: int, num_rows: int) -> Iterable[RequestId]:
+        """Returns the requests that wait for these rows."""
+        job = self._answered(sender, encode_id)
+        if job is None:
+            return ()
+        entry = self.embeds.entries[job.mm_hash]
+        if num_rows != job.num_rows:
+            self.embeds.remove(entry)
+            message = f"image {job.mm_hash} has {num_rows} rows where the prompt has {job.num_rows} places"
+            self._fail(job, WireError(500, message, "vision_rows_mismatch"))
+            return ()
+        self._counters.encodes += 1
+        self.embeds.complete(entry)
+        self._end_job(job)
+        return tuple(self.embeds.readers.get(job.mm_hash, ()))
+
+    def on_encode_failed(self, sender: ActorName, encode_id: int, error: WireError) -> None:
+        job = self._answered(sender, encode_id)
+        if job is None:
+            return
+        self.embeds.remove(self.embeds.entries[job.mm_hash])
+        if job.is_cancelled and error.code == "cancelled":
+            self._encode_anew(job)
+        elif job.pixels is None and job.num_media_losses == 0:  # its arena vanished under the ViT
+            job.num_media_losses += 1
+            self._encode_anew(job)
+        else:
+            self._fail(job, error)
+
+    def _answered(self, sender: ActorName, encode_id: int) -> Job | None:
+        job = self.encoding.get(encode_id)
+        if job is None or job.vit != sender:
+            return None
+        del self.encoding[encode_id]
+        self.embeds.slabs[sender].num_encoding_patches -= job.num_patches
+        return job
+
+    def _encode_anew(self, job: Job) -> None:
+        """Back to its pixels if they still exist, if anybody still wants it."""
+        if job.mm_hash not in self.embeds.readers:
+            self._end_job(job)
+            return
+        job.is_cancelled, job.vit, job.encode_id = False, None, -1
+        if job.pixels is None:
+            self._ask_anew(job)
+        else:
+            job.stage = Stage.DECODED
+            self.decoded[job.mm_hash] = job
+
+    def _begin_again(self, entry: Entry) -> None:
+        """Rows that are gone although somebody has to read them."""
+        self.jobs[entry.mm_hash] = Job(entry.mm_hash, entry.grid_thw, entry.num_rows)
+        heapq.heappush(self._needed, (self.embeds.first_key(entry.mm_hash), entry.mm_hash))
+
+    # ------------------------------------------------------------ stages of a job
+
+    def _reset(self, job: Job) -> None:
+        """Give back what the job holds of media workers; nobody has been asked."""
+        worker = self.workers.get(job.worker) if job.worker is not None else None
+        if worker is not None:
+            worker.num_bytes -= job.num_bytes
+            worker.num_decoding -= job.stage is Stage.DECODING
+            if job.pixels is not None:
+                self._send(worker.name, FreePixels((job.pixels,)))
+        job.stage, job.asked, job.worker, job.num_bytes, job.pixels = Stage.NEEDED, None, None, 0, None
+        self.decoding.pop(job.mm_hash, None)
+        self.decoded.pop(job.mm_hash, None)
+        self.retry_at_s.pop(job.mm_hash, None)
+
+    def _ask_anew(self, job: Job) -> None:
+        self._reset(job)
+        heapq.heappush(self._needed, (self.embeds.first_key(job.mm_hash), job.mm_hash))
+
+    def _end_job(self, job: Job) -> None:
+        self._reset(job)
+        del self.jobs[job.mm_hash]
+
+    def _fail(self, job: Job, error: WireError) -> None:
+        readers = list(self.embeds.readers.get(job.mm_hash, ()))
+        self._end_job(job)
+        if readers:
+            self.failures.append((readers, error))
+
+    # ------------------------------------------------------------ what happens next
+
+    def pump(self, now_s: float) -> None:
+        """Start whatever can start: encodes, then decodes, each in the order of the most urgent reader."""
+        for mm_hash, at_s in list(self.retry_at_s.items()):
+            if at_s <= now_s:
+                self._ask_anew(self.jobs[mm_hash])
+        if self.decoded:
+            self._start_encodes()
+        if self._needed:
+            self._start_decodes()
+
+    def _start_encodes(self) -> None:
+        """Strictly in order: a large image is not starved by the small ones behind it."""
+        if not self.embeds.slabs:
+            return
+        for key, mm_hash in sorted((self.embeds.first_key(mm_hash), mm_hash) for mm_hash in self.decoded):
+            job = self.decoded[mm_hash]
+            slabs = sorted(self.embeds.slabs.values(), key=lambda slab: slab.num_encoding_patches)
+            slabs = [slab for slab in slabs if slab.num_pages_for(job.num_rows) <= slab.export.num_pages]
+            if not slabs:
+                self._fail(job, _too_large(job, self.embeds.slabs.values()))
+                continue
+            if not self._start_encode(job, slabs, None) and not (
+                self._is_most_urgent(key) and self._start_encode(job, slabs, key)
+            ):
+                return
+
+    def _start_encode(self, job: Job, slabs: list[Slab], displace_after: MediaKey | None) -> bool:
+        for slab in slabs:
+            begun = self.embeds.begin(job.mm_hash, job.grid_thw, slab, job.num_rows, displace_after=displace_after)
+            if begun is None:
+                continue
+            entry, displaced = begun
+            for lost in displaced:
+                self._counters.embed_displacements += 1
+                self._begin_again(lost)
+            del self.decoded[job.mm_hash]
+            assert job.pixels is not None
+            job.stage, job.vit, job.encode_id = Stage.ENCODING, slab.vit, self._next_encode_id
+            self._next_encode_id += 1
+            self.encoding[job.encode_id] = job
+            slab.num_encoding_patches += job.num_patches
+            encode = Encode(job.encode_id, job.mm_hash, job.grid_thw, job.pixels, job.shape, entry.pages)
+            self._send(slab.vit, encode)
+            return True
+        return False
+
+    def _start_decodes(self) -> None:
+        while self.workers and len(self.decoding) < 2 * len(self.workers) + 2:
+            job = self._first_needed()
+            if job is None:
+                return
+            key, request_id = min((key, reader) for reader, key in self.embeds.readers[job.mm_hash].items())
+            num_bytes = int(job.num_patches * self._bytes_per_patch)
+            free = [w for w in self.workers.values() if not w.num_bytes or w.num_bytes + num_bytes <= w.arena_bytes]
+            if not free:
+                if not self._is_most_urgent(key) or not self._drop_last_pixels(key):
+                    return
+                continue
+            worker = min(free, key=lambda worker: (worker.num_decoding, worker.num_bytes))
+            heapq.heappop(self._needed)
+            job.stage, job.asked, job.worker, job.num_bytes = Stage.DECODING, request_id, worker.name, num_bytes
+            self.decoding[job.mm_hash] = job
+            worker.num_decoding += 1
+            worker.num_bytes += num_bytes
+            self._send(self._edge_of(request_id), NeedMedia(request_id, job.mm_hash, worker.name))
+
+    def _first_needed(self) -> Job | None:
+        """The most urgent job nobody has been asked for; it stays on top of the heap."""
+        while self._needed:
+            key, mm_hash = self._needed[0]
+            job = self.jobs.get(mm_hash)
+            if job is None or job.stage is not Stage.NEEDED or mm_hash in self.retry_at_s:
+                heapq.heappop(self._needed)
+            elif (now := self.embeds.first_key(mm_hash)) != key:
+                heapq.heapreplace(self._needed, (now, mm_hash))
+            else:
+                return job
+        return None
+
+    def _is_most_urgent(self, key: MediaKey) -> bool:
+        """Whether no job before its encode has a more urgent reader."""
+        first = self._first_needed()
+        if first is not None and self.embeds.first_key(first.mm_hash) < key:
+            return False
+        waiting = (*self.decoding, *self.decoded, *self.retry_at_s)
+        return all(self.embeds.first_key(mm_hash) >= key for mm_hash in waiting)
+
+    def _drop_last_pixels(self, key: MediaKey) -> bool:
+        """Make room in an arena: the least urgent decoded image behind key is to be decoded again later."""
+        last = max(self.decoded, key=self.embeds.first_key, default=None)
+        if last is None or self.embeds.first_key(last) <= key:
+            return False
+        self._counters.dropped_pixels += 1
+        self._ask_anew(self.decoded[last])
+        return True
+
+
+def _died(what: str, code: str, doing: str) -> WireError:
+    return WireError(500, f"the {what} died twice while {doing} this image", code)
+
+
+def _too_large(job: Job, slabs: Iterable[Slab]) -> WireError:
+    num_rows = max(slab.export.num_pages * slab.export.page_rows for slab in slabs)
+    message = f"an image has {job.num_rows} embedding rows, more than the {num_rows} that the embedding cache holds"
+    return WireError(400, message, "image_too_large", "messages")

@@ -1,0 +1,359 @@
+"""What runs next: decode rows first, then prefill chunks and admissions in the order of (priority, arrival).
+
+A prefill runs as far as its embeddings have arrived, within max_num_batched_tokens.  When KV blocks run out the
+youngest running request is preempted: its blocks are freed and it is computed again later.  A request that waits for
+media keeps its place only while nobody else could use it.  All of it is decided from books: no clock, no I/O.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from operator import attrgetter
+
+from vlmrt.actors.scheduler.counters import Counters
+from vlmrt.actors.scheduler.embed_cache import EmbedCache, Entry
+from vlmrt.actors.scheduler.prefix_cache import PrefixCache
+from vlmrt.actors.scheduler.request import Request, Status
+from vlmrt.runtime.messages import EmbedSlice, NewSequence, StepPlan, StepRow
+
+_BY_KEY = attrgetter("key")
+
+Want = Callable[[Request, int], None]  # MediaWork.want: read the items behind that many tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    max_num_seqs: int
+    max_waiting: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRow:
+    """A row of a step in flight.  It counts only while its request is still in the same run."""
+
+    request: Request
+    run: int
+    num_tokens: int
+    sample: bool
+
+    @property
+    def is_current(self) -> bool:
+        return self.request.status is Status.RUNNING and self.request.run == self.run
+
+
+@dataclass(slots=True)
+class Draft:
+    """A plan in the making."""
+
+    budget: int  # tokens left
+    admit: list[NewSequence] = field(default_factory=list)
+    decodes: list[StepRow] = field(default_factory=list)
+    prefills: list[StepRow] = field(default_factory=list)
+    decode_rows: list[PlannedRow] = field(default_factory=list)
+    prefill_rows: list[PlannedRow] = field(default_factory=list)
+    planned: set[Request] = field(default_factory=set)  # those with a prefill row
+    entries: dict[int, Entry] = field(default_factory=dict)  # embeddings it reads, by id()
+    has_preempted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A plan to send and what its result will mean."""
+
+    plan: StepPlan
+    rows: list[PlannedRow]
+    entries: list[Entry]
+
+
+class Slots:
+    """Places in the ranks' batch state.  A slot given back is free at once: the next plan sent releases it first."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.free = list(range(num_slots - 1, -1, -1))
+        self.to_release: list[int] = []
+
+    def give_back(self, slot: int) -> None:
+        self.free.append(slot)
+        self.to_release.append(slot)
+
+
+class Planner:
+    """Waiting and running requests of one TP group's life, its slots and blocks."""
+
+    def __init__(self, limits: Limits, kv: PrefixCache, embeds: EmbedCache, want: Want, counters: Counters) -> None:
+        self.limits = limits
+        self.kv = kv
+        self.slots = Slots(limits.max_num_seqs)
+        self.waiting: list[Request] = []  # both sorted by key
+        self.running: list[Request] = []
+        self._embeds = embeds
+        self._want = want
+        self._counters = counters
+
+    # ------------------------------------------------------------ the queues
+
+    def enqueue(self, request: Request) -> None:
+        request.status = Status.WAITING
+        insort(self.waiting, request, key=_BY_KEY)
+
+    def end(self, request: Request) -> None:
+        """Take a request out, wherever it is; its blocks and its slot are free."""
+        if request.status is Status.RUNNING:
+            self._stop_running(request)
+        else:
+            self.waiting.remove(request)
+        request.status = Status.ENDED
+
+    def preempt(self, request: Request) -> None:
+        """Back to waiting; tokens in flight are forgotten.  What the prefix cache still knows is found again."""
+        self._stop_running(request)
+        self._counters.preemptions += 1
+        self._wait_anew(request)
+
+    def forget_kv(self, kv: PrefixCache) -> list[Request]:
+        """The TP group is gone and another begins with these empty blocks.  Returns the requests that lost work."""
+        interrupted, self.running = self.running, []
+        self.kv = kv
+        self.slots = Slots(self.limits.max_num_seqs)
+        for request in self.waiting:
+            request.awaits_media = False
+            self._want(request, 0)
+        for request in interrupted:
+            self._wait_anew(request)
+        return interrupted
+
+    def _stop_running(self, request: Request) -> None:
+        self.running.remove(request)
+        self.slots.give_back(request.slot)
+        self.kv.release(request.block_ids)
+
+    def _wait_anew(self, request: Request) -> None:
+        request.slot, request.block_ids, request.num_inserted_blocks = -1, [], 0
+        request.num_computed_tokens = request.num_planned_tokens = request.num_pending_samples = 0
+        request.num_consumed_items, request.awaits_media = 0, False
+        self.enqueue(request)
+        self.look_up(request)
+
+    def look_up(self, request: Request) -> list[int]:
+        """The known beginning of a waiting request, as blocks; media behind it become wanted, media within it not."""
+        block_size = self.limits.block_size
+        known = self.kv.match(request.block_hashes, len(request.token_ids), block_size)
+        if request.media:
+            self._want(request, len(known) * block_size)
+        return known
+
+    # ------------------------------------------------------------ one plan
+
+    def plan(self, step: int) -> Step | None:
+        """The next step; None if nothing can run."""
+        draft = Draft(self.limits.max_num_batched_tokens)
+        self._plan_decodes(draft)
+        self._plan_prefills(draft)
+        if not draft.decodes and not draft.prefills:
+            return None  # slots to release wait for a plan with rows
+        release, self.slots.to_release = tuple(self.slots.to_release), []
+        rows = (*draft.decodes, *draft.prefills)
+        plan = StepPlan(step, release, tuple(draft.admit), rows)
+        return Step(plan, draft.decode_rows + draft.prefill_rows, list(draft.entries.values()))
+
+    def _plan_decodes(self, draft: Draft) -> None:
+        block_size = self.limits.block_size
+        for request in list(self.running):
+            if request.status is not Status.RUNNING or draft.budget == 0:
+                continue
+            start = request.num_planned_tokens
+            if request.num_unplanned_tokens != 1 or start < request.media_end or request.is_fully_planned:
+                continue
+            new_block_ids: tuple[int, ...] = ()
+            if start == len(request.block_ids) * block_size:
+                block_ids = self._allocate_or_preempt(request, draft)
+                if block_ids is None:
+                    continue
+                new_block_ids = tuple(block_ids)
+                request.block_ids += block_ids
+            request.num_planned_tokens = start + 1
+            request.num_pending_samples += 1
+            draft.budget -= 1
+            draft.decodes.append(StepRow(request.slot, start, 1, new_block_ids, True))
+            draft.decode_rows.append(PlannedRow(request, request.run, 1, True))
+
+    def _allocate_or_preempt(self, request: Request, draft: Draft) -> list[int] | None:
+        """One block, at the cost of the youngest; None if that is the request itself.
+
+        Requests whose last token is in flight are spared: their blocks are about to be free.  Rows are planned oldest
+        first, so the youngest never has one yet.
+        """
+        while (block_ids := self.kv.allocate(1)) is None:
+            victim = next(other for other in reversed(self.running) if not other.is_fully_planned)
+            draft.has_preempted = True
+            self.preempt(victim)
+            if victim is request:
+                return None
+        return block_ids
+
+    def _plan_prefills(self, draft: Draft) -> None:
+        may_admit = True
+        for request in self._in_order():
+            if draft.budget == 0:
+                return
+            if request.status is Status.RUNNING:
+                if request.num_unplanned_tokens > 0 and not request.is_fully_planned:
+                    self._plan_chunk(request, draft)
+            elif may_admit and not request.awaits_media and not draft.has_preempted:
+                may_admit = self._admit(request, draft)
+
+    def _in_order(self) -> Iterator[Request]:
+        """Running requests that are not decoding, and waiting ones, merged by key."""
+        running = [r for r in self.running if r.num_planned_tokens < len(r.token_ids)]
+        if not running:
+            yield from list(self.waiting)
+            return
+        yield from sorted((*running, *self.waiting), key=_BY_KEY)
+
+    def _plan_chunk(self, request: Request, draft: Draft) -> None:
+        """A row of as many tokens as budget, embeddings and blocks allow."""
+        start, block_size = request.num_planned_tokens, self.limits.block_size
+        end = self._runnable_end(request, start, start + draft.budget)
+        if end <= start:
+            return
+        num_missing = -(-end // block_size) - len(request.block_ids)
+        if num_missing > self.kv.pool.num_free:
+            self._make_room(request, draft, num_missing)
+            num_missing = min(num_missing, self.kv.pool.num_free)
+            end = min(end, (len(request.block_ids) + num_missing) * block_size)
+            if end <= start:
+                return
+        new_block_ids = self.kv.allocate(num_missing) or []
+        request.block_ids += new_block_ids
+        sample = end == len(request.token_ids)
+        embeds = self._embed_slices(request, start, end, draft) if start < request.media_end else ()
+        request.num_planned_tokens = end
+        request.num_pending_samples += sample
+        draft.budget -= end - start
+        draft.planned.add(request)
+        draft.prefills.append(StepRow(request.slot, start, end - start, tuple(new_block_ids), sample, embeds))
+        draft.prefill_rows.append(PlannedRow(request, request.run, end - start, sample))
+
+    def _make_room(self, request: Request, draft: Draft, num_blocks: int) -> None:
+        """Preempt younger requests that have no row in this plan, youngest first."""
+        for other in list(reversed(self.running)):
+            if other.key <= request.key or self.kv.pool.num_free >= num_blocks:
+                return
+            has_row = other in draft.planned or any(row.request is other for row in draft.decode_rows)
+            if not has_row and not other.is_fully_planned:
+                draft.has_preempted = True
+                self.preempt(other)
+
+    # ------------------------------------------------------------ media within a row
+
+    def _runnable_end(self, request: Request, start: int, limit: int) -> int:
+        """Up to which token a row from start on can run: before the first image whose rows are not there."""
+        end = min(limit, len(request.token_ids))
+        if start >= request.media_end:
+            return end
+        for item in request.media[request.num_consumed_items :]:
+            if item.start >= end:
+                break
+            if item.start + item.num_tokens > start and self._embeds.ready_entry(item.mm_hash) is None:
+                return min(end, max(item.start, start))
+        return end
+
+    def _embed_slices(self, request: Request, start: int, end: int, draft: Draft) -> tuple[EmbedSlice, ...]:
+        slices = []
+        for item in request.media[request.num_consumed_items :]:
+            first, last = max(item.start, start), min(item.start + item.num_tokens, end)
+            if item.start >= end:
+                break
+            if first < last:
+                entry = self._embeds.ready_entry(item.mm_hash)
+                assert entry is not None, f"{request.request_id}: rows of {item.mm_hash} vanished within a plan"
+                draft.entries[id(entry)] = entry
+                slices.append(
+                    EmbedSlice(entry.vit, entry.epoch, entry.pages, first - item.start, last - first, first - start)
+                )
+        return tuple(slices)
+
+    # ------------------------------------------------------------ admission
+
+    def _admit(self, request: Request, draft: Draft) -> bool:
+        """Give a waiting request a slot and its first row, if something of it can run.
+
+        Returns False if it could run but there is no place, so that nobody younger overtakes it.
+        """
+        known = self.look_up(request)
+        num_known_tokens = len(known) * self.limits.block_size
+        if self._runnable_end(request, num_known_tokens, num_known_tokens + 1) <= num_known_tokens:
+            request.awaits_media = True
+            return True
+        self.kv.pool.acquire(known)
+        if not self._has_place(request, len(known), draft):
+            self.kv.release(known)
+            return False
+        self.waiting.remove(request)
+        request.status = Status.RUNNING
+        request.run += 1
+        request.slot = self.slots.free.pop()
+        request.block_ids = known
+        request.num_inserted_blocks = len(known)
+        request.num_computed_tokens = request.num_planned_tokens = num_known_tokens
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = num_known_tokens
+            self._counters.prompt_tokens += request.num_prompt_tokens
+            self._counters.prompt_tokens_cached += num_known_tokens
+        insort(self.running, request, key=_BY_KEY)
+        draft.admit.append(
+            NewSequence(
+                request.slot,
+                request.request_id,
+                tuple(request.token_ids),
+                request.num_prompt_tokens,
+                request.media,
+                request.rope_delta,
+                request.sampling,
+                tuple(known),
+            )
+        )
+        self._plan_chunk(request, draft)
+        return True
+
+    def _has_place(self, request: Request, num_known_blocks: int, draft: Draft) -> bool:
+        """Whether there are a slot and blocks for all its known tokens, beside what running prefills still need.
+
+        Requests that wait for media give way: younger ones always, older ones once in their life.
+        """
+        num_blocks = self._num_blocks(len(request.token_ids)) - num_known_blocks
+        if self.slots.free and self._num_unclaimed_blocks() >= num_blocks:
+            return True
+        idle = [r for r in self.running if (r.key > request.key or not r.num_yields) and self._is_idle(r, draft)]
+        if not idle or self._num_unclaimed_blocks() + sum(len(r.block_ids) for r in idle) < num_blocks:
+            return False
+        while idle and not (self.slots.free and self._num_unclaimed_blocks() >= num_blocks):
+            victim = idle.pop()
+            victim.num_yields += victim.key < request.key
+            self.preempt(victim)
+        return bool(self.slots.free) and self._num_unclaimed_blocks() >= num_blocks
+
+    def _is_idle(self, request: Request, draft: Draft) -> bool:
+        """Running in name only: it waits for media."""
+        start = request.num_planned_tokens
+        return (
+            start < request.media_end
+            and start == request.num_computed_tokens
+            and request not in draft.planned
+            and self._runnable_end(request, start, start + 1) <= start
+        )
+
+    def _num_unclaimed_blocks(self) -> int:
+        """Free blocks that no running prefill will need, less one per running request to grow into."""
+        num_claimed = 0
+        for request in self.running:
+            num_claimed += max(1, self._num_blocks(len(request.token_ids)) - len(request.block_ids))
+        return self.kv.pool.num_free - num_claimed
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.limits.block_size)

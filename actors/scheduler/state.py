@@ -1,0 +1,437 @@
+"""Life cycle of every request: events in, sends out.  No I/O, no clock, no torch.
+
+Events change the books and start media work at once; `advance` plans steps.  Whatever happens, an accepted request gets
+exactly one terminal TokenOutput unless its edge aborts it, and gives back its blocks, slot, rows and pixels at its end.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, assert_never
+
+from vlmrt.actors.scheduler.block_pool import BlockPool
+from vlmrt.actors.scheduler.counters import Counters
+from vlmrt.actors.scheduler.embed_cache import EmbedCache, Slab
+from vlmrt.actors.scheduler.llm_group import LlmGroup
+from vlmrt.actors.scheduler.media_work import MediaWork
+from vlmrt.actors.scheduler.policy import Limits, PlannedRow, Planner
+from vlmrt.actors.scheduler.prefix_cache import PrefixCache, extend_block_hashes
+from vlmrt.actors.scheduler.request import Request, Status
+from vlmrt.runtime.config import Config
+from vlmrt.runtime.errors import RequestError, WireError
+from vlmrt.runtime.messages import (
+    Abort,
+    ActorName,
+    AttachSlab,
+    DecodeFailed,
+    DetachSlab,
+    EdgeReady,
+    EmbedsReady,
+    EncodeFailed,
+    Epoch,
+    FinishReason,
+    LlmReady,
+    MediaReady,
+    MediaUnsent,
+    Message,
+    PeerDown,
+    PeerUp,
+    PixelsReady,
+    RequestId,
+    SchedulerInbox,
+    SchedulerReady,
+    StepResult,
+    Submit,
+    TokenBatch,
+    TokenOutput,
+    Usage,
+    VitReady,
+)
+
+
+class Send(NamedTuple):
+    peer: ActorName
+    message: Message
+
+
+class State:
+    """The scheduler's whole state.  Every method returns what to send, in order."""
+
+    def __init__(self, config: Config) -> None:
+        scheduling = config.scheduling
+        self.limits = Limits(
+            max_num_seqs=scheduling.max_num_seqs,
+            max_waiting=scheduling.max_waiting,
+            max_num_batched_tokens=scheduling.max_num_batched_tokens,
+            max_model_len=config.model.max_model_len,
+            block_size=scheduling.block_size,
+        )
+        self.prefix_caching = scheduling.prefix_caching
+        self.counters = Counters()
+        self.requests: dict[RequestId, Request] = {}
+        self.edges: dict[ActorName, Epoch] = {}
+        self.llm = LlmGroup(config.parallel.tp)
+        self.embeds = EmbedCache(enabled=scheduling.embedding_caching)
+        self.media = MediaWork(self.embeds, self._send, self._edge_of, self.counters)
+        self.planner = Planner(self.limits, self._empty_kv(0), self.embeds, self.media.want, self.counters)
+        self._num_arrivals = 0
+        self._sends: list[Send] = []
+        self._outputs: dict[ActorName, list[TokenOutput]] = {}
+
+    # ------------------------------------------------------------ what comes in
+
+    def on_event(self, sender: ActorName, message: SchedulerInbox, now_s: float) -> list[Send]:
+        match message:
+            case StepResult():
+                self._on_step_result(sender, message)
+            case Submit():
+                self._on_submit(sender, message)
+            case Abort():
+                self._on_abort(sender, message)
+            case EmbedsReady():
+                for request_id in self.media.on_embeds_ready(sender, message.encode_id, message.num_rows):
+                    self.requests[request_id].awaits_media = False
+            case PixelsReady():
+                self.media.on_pixels(sender, message)
+            case MediaUnsent():
+                self.media.on_unsent(message.mm_hash, message.request_id, now_s)
+            case DecodeFailed():
+                self.media.on_decode_failed(message.mm_hash, sender, message.error)
+            case EncodeFailed():
+                self.media.on_encode_failed(sender, message.encode_id, message.error)
+            case _:
+                assert_never(message)
+        return self._settle(now_s)
+
+    def on_peer_up(self, peer: PeerUp, now_s: float) -> list[Send]:
+        """A new incarnation; one of the same name that is still in the books is gone."""
+        name, capabilities = peer.actor, peer.capabilities
+        known = self._epoch_of(name)
+        if known is not None:
+            self._forget_peer(name, known)
+        match capabilities:
+            case MediaReady():
+                self.media.add_worker(name, peer.epoch, capabilities.arena_bytes)
+            case VitReady():
+                self.embeds.add_slab(name, peer.epoch, capabilities.slab)
+                if self.llm.is_up:
+                    self._attach(self.embeds.slabs[name])
+            case LlmReady():
+                if self.llm.rank_up(name, peer.epoch, capabilities.num_blocks):
+                    self._on_llm_up()
+            case EdgeReady():
+                self.edges[name] = peer.epoch
+            case SchedulerReady():
+                pass
+        return self._settle(now_s)
+
+    def on_peer_down(self, peer: PeerDown, now_s: float) -> list[Send]:
+        if self._epoch_of(peer.actor) == peer.epoch:
+            self._forget_peer(peer.actor, peer.epoch)
+        return self._settle(now_s)
+
+    def advance(self, now_s: float) -> list[Send]:
+        """Plan as many steps as may be in flight and have something to run."""
+        while self.llm.has_room and self.requests:
+            step = self.planner.plan(self.llm.next_step)
+            if step is None:
+                break
+            self.llm.next_step += 1
+            self.llm.in_flight.append(step)
+            self.embeds.lend(self.llm.epoch, step.plan.step, step.entries)
+            self.counters.steps += 1
+            for rank in self.llm.names:
+                self._send(rank, step.plan)
+        return self._settle(now_s)
+
+    @property
+    def wake_at_s(self) -> float | None:
+        """When to call advance although nothing has come in; None: not needed."""
+        return min(self.media.retry_at_s.values(), default=None)
+
+    def reset_caches(self, now_s: float) -> list[Send]:
+        """Forget everything that no request is using."""
+        self.planner.kv.reset()
+        self.embeds.reset()
+        return self._settle(now_s)
+
+    def give_up_edge(self, edge: ActorName, now_s: float) -> list[Send]:
+        """An edge has missed news of its requests: end them; it ends them itself when they time out."""
+        self._abort_all(edge)
+        return self._settle(now_s)
+
+    # ------------------------------------------------------------ figures
+
+    def totals(self) -> dict[str, int]:
+        """Counters by the names of the metrics."""
+        counters = self.counters
+        return {
+            "prefix_cache_queries_total": counters.prompt_tokens if self.prefix_caching else 0,
+            "prefix_cache_hits_total": counters.prompt_tokens_cached,
+            "embedding_cache_queries_total": counters.embed_hits + counters.embed_misses,
+            "embedding_cache_hits_total": counters.embed_hits,
+            "embedding_cache_evictions_total": self.embeds.num_evictions,
+            "preemptions_total": counters.preemptions,
+            "recomputations_total": counters.recoveries,
+            "prompt_tokens_total": counters.prompt_tokens,
+            "generation_tokens_total": counters.output_tokens,
+        }
+
+    def gauges(self) -> dict[str, float]:
+        pool = self.planner.kv.pool
+        books = [slab.books for slab in self.embeds.slabs.values()]
+        num_pages = sum(book.num_pages for book in books)
+        return {
+            "requests_running": len(self.planner.running),
+            "requests_waiting": len(self.planner.waiting),
+            "kv_cache_usage_ratio": 1 - pool.num_free / pool.num_blocks if pool.num_blocks else 0.0,
+            "embedding_cache_usage_ratio": 1 - sum(book.num_free for book in books) / num_pages if num_pages else 0.0,
+        }
+
+    # ------------------------------------------------------------ what goes out
+
+    def _send(self, peer: ActorName, message: Message) -> None:
+        self._sends.append(Send(peer, message))
+
+    def _edge_of(self, request_id: RequestId) -> ActorName:
+        return self.requests[request_id].edge
+
+    def _settle(self, now_s: float) -> list[Send]:
+        """Let media work go on, end the requests it failed, and hand out everything there is to send."""
+        self.media.pump(now_s)
+        while self.media.failures:
+            request_ids, error = self.media.failures.pop()
+            for request_id in request_ids:
+                if request_id in self.requests:
+                    self._fail(self.requests[request_id], error)
+            self.media.pump(now_s)
+        for edge, outputs in self._outputs.items():
+            self._send(edge, TokenBatch(tuple(outputs)))
+        self._outputs = {}
+        sends, self._sends = self._sends, []
+        return sends
+
+    def _put_output(self, edge: ActorName, output: TokenOutput) -> None:
+        self._outputs.setdefault(edge, []).append(output)
+
+    # ------------------------------------------------------------ a request begins
+
+    def _on_submit(self, edge: ActorName, submit: Submit) -> None:
+        try:
+            request = self._make_request(edge, submit)
+        except RequestError as error:
+            self.counters.requests_refused += 1
+            usage = Usage(len(submit.prompt_token_ids), 0, 0)
+            self._put_output(edge, TokenOutput(submit.request_id, (), usage, error=error.to_wire()))
+            return
+        self.counters.requests += 1
+        self.requests[request.request_id] = request
+        self.planner.enqueue(request)
+        self.planner.kv.pool.touch(self.planner.look_up(request))
+
+    def _make_request(self, edge: ActorName, submit: Submit) -> Request:
+        """Raises: RequestError if it is refused."""
+        num_open, max_open = len(self.requests), self.limits.max_num_seqs + self.limits.max_waiting
+        if submit.request_id in self.requests:
+            raise RequestError(
+                f"request_id {submit.request_id} is in use", param="request_id", code="duplicate_request"
+            )
+        if num_open >= max_open:
+            message = f"{num_open} requests are running or waiting, and {max_open} is the limit; try again later"
+            raise RequestError(message, status=429, code="too_many_requests", retry_after_s=1)
+        num_tokens = len(submit.prompt_token_ids)
+        if num_tokens == 0:
+            raise RequestError("the prompt has no tokens; it needs at least 1", param="messages", code="empty_prompt")
+        end = 0
+        for item in submit.media:
+            if item.start < end or item.num_tokens < 1 or item.start + item.num_tokens > num_tokens:
+                message = f"media tokens {item.start}..{item.start + item.num_tokens} do not lie in order in the prompt"
+                raise RequestError(message, param="messages", code="bad_media_span")
+            end = item.start + item.num_tokens
+        self._num_arrivals += 1
+        request = Request(
+            request_id=submit.request_id,
+            edge=edge,
+            key=(submit.priority, self._num_arrivals),
+            token_ids=list(submit.prompt_token_ids),
+            num_prompt_tokens=num_tokens,
+            media=submit.media,
+            rope_delta=submit.rope_delta,
+            sampling=submit.sampling,
+            stop=submit.stop,
+            cache_salt=submit.cache_salt,
+            max_tokens=max(1, submit.stop.max_tokens),
+        )
+        self._fit(request)
+        try:
+            self._extend_hashes(request)
+        except OverflowError as error:
+            raise RequestError(f"a token id of the prompt is out of range: {error}", param="messages") from error
+        return request
+
+    def _fit(self, request: Request) -> None:
+        """Cap max_tokens so that the request fits even alone.  Raises: RequestError if not even one token would."""
+        room, what = self.limits.max_model_len, "the model's maximum length"
+        num_kv_tokens = self.planner.kv.pool.num_blocks * self.limits.block_size
+        if self.llm.is_up and num_kv_tokens < room:
+            room, what = num_kv_tokens, "the KV cache"
+        if len(request.token_ids) + 1 > room:
+            raise RequestError(
+                f"the prompt has {len(request.token_ids)} tokens and at least 1 more is to come; {what} holds {room}",
+                code="context_length_exceeded",
+                param="messages",
+            )
+        request.max_tokens = min(request.max_tokens, room - request.num_prompt_tokens)
+
+    def _extend_hashes(self, request: Request) -> None:
+        if self.prefix_caching:
+            extend_block_hashes(
+                request.block_hashes, request.token_ids, request.media, request.cache_salt, self.limits.block_size
+            )
+
+    # ------------------------------------------------------------ a request gets on
+
+    def _on_step_result(self, sender: ActorName, result: StepResult) -> None:
+        in_flight = self.llm.in_flight
+        if sender != self.llm.names[0] or not in_flight or in_flight[0].plan.step != result.step:
+            self.counters.ignored_messages += 1
+            return
+        step = in_flight.popleft()
+        self.embeds.end_step(self.llm.epoch, result.step)
+        token_ids = iter(result.token_ids)
+        for row in step.rows:
+            token_id = next(token_ids) if row.sample else None
+            if row.is_current:
+                self._on_row(row, token_id)
+            elif row.sample:
+                self.counters.discarded_tokens += 1
+
+    def _on_row(self, row: PlannedRow, token_id: int | None) -> None:
+        """A row of a request that is still in the run it was planned for."""
+        request = row.request
+        request.num_computed_tokens += row.num_tokens
+        if request.num_computed_tokens // self.limits.block_size > request.num_inserted_blocks:
+            self._insert_blocks(request)
+        if request.num_consumed_items < len(request.media):
+            self._consume_media(request)
+        if token_id is None:
+            return
+        request.num_pending_samples -= 1
+        request.token_ids.append(token_id)
+        self.counters.output_tokens += 1
+        if token_id in request.stop.stop_token_ids and request.num_output_tokens >= request.stop.min_tokens:
+            self._finish(request, (token_id,), "stop")
+        elif request.num_output_tokens >= request.max_tokens:
+            self._finish(request, (token_id,), "length")
+        else:
+            self._put_output(request.edge, TokenOutput(request.request_id, (token_id,), request.usage))
+
+    def _insert_blocks(self, request: Request) -> None:
+        """Offer newly full blocks to the prefix cache: all their tokens are confirmed and computed."""
+        first, last = request.num_inserted_blocks, request.num_computed_tokens // self.limits.block_size
+        request.num_inserted_blocks = last
+        if self.prefix_caching:
+            self._extend_hashes(request)
+            for block in range(first, last):
+                self.planner.kv.insert(request.block_hashes[block], request.block_ids[block])
+
+    def _consume_media(self, request: Request) -> None:
+        """Let go of the rows that the KV cache has taken in."""
+        before = request.num_consumed_items
+        while request.num_consumed_items < len(request.media):
+            item = request.media[request.num_consumed_items]
+            if item.start + item.num_tokens > request.num_computed_tokens:
+                break
+            request.num_consumed_items += 1
+        if request.num_consumed_items > before:
+            self.media.want(request, request.num_computed_tokens)
+
+    # ------------------------------------------------------------ a request ends
+
+    def _end(self, request: Request) -> None:
+        del self.requests[request.request_id]
+        self.planner.end(request)
+        self.media.want_nothing(request)
+
+    def _finish(self, request: Request, token_ids: tuple[int, ...], reason: FinishReason) -> None:
+        if reason == "stop":
+            self.counters.requests_stopped += 1
+        else:
+            self.counters.requests_cut += 1
+        self._put_output(request.edge, TokenOutput(request.request_id, token_ids, request.usage, reason))
+        self._end(request)
+
+    def _fail(self, request: Request, error: WireError) -> None:
+        self.counters.requests_failed += 1
+        self._put_output(request.edge, TokenOutput(request.request_id, (), request.usage, error=error))
+        self._end(request)
+
+    def _on_abort(self, edge: ActorName, abort: Abort) -> None:
+        request = self.requests.get(abort.request_id)
+        if request is None or request.edge != edge:
+            self.counters.ignored_messages += 1
+            return
+        self.counters.requests_aborted += 1
+        self._end(request)
+
+    def _abort_all(self, edge: ActorName) -> None:
+        for request in [request for request in self.requests.values() if request.edge == edge]:
+            self.counters.requests_aborted += 1
+            self._end(request)
+
+    # ------------------------------------------------------------ peers come and go
+
+    def _epoch_of(self, name: ActorName) -> Epoch | None:
+        if name in self.edges:
+            return self.edges[name]
+        if name in self.media.workers:
+            return self.media.workers[name].epoch
+        if name in self.embeds.slabs:
+            return self.embeds.slabs[name].epoch
+        return self.llm.epoch_of(name)
+
+    def _forget_peer(self, name: ActorName, epoch: Epoch) -> None:
+        if name in self.edges:
+            del self.edges[name]
+            self._abort_all(name)
+        elif name in self.media.workers:
+            self.media.drop_worker(name)
+        elif name in self.embeds.slabs:
+            self.media.drop_vit(name)
+            if self.llm.is_up:
+                for rank in self.llm.names:
+                    self._send(rank, DetachSlab(name, epoch))
+        elif self.llm.rank_down(name, epoch):
+            self._on_llm_down()
+
+    def _attach(self, slab: Slab) -> None:
+        for rank in self.llm.names:
+            self._send(rank, AttachSlab(slab.vit, slab.epoch, slab.export))
+
+    def _empty_kv(self, num_blocks: int) -> PrefixCache:
+        return PrefixCache(BlockPool(num_blocks), enabled=self.prefix_caching)
+
+    def _on_llm_up(self) -> None:
+        """Every request begins with an empty KV cache, whose size may be news."""
+        self.planner.kv = self._empty_kv(self.llm.num_blocks)
+        for slab in self.embeds.slabs.values():
+            self._attach(slab)
+        for request in list(self.requests.values()):
+            try:
+                self._fit(request)
+            except RequestError as error:
+                if request.num_output_tokens:  # begun on a group with a larger KV cache
+                    self._finish(request, (), "length")
+                else:
+                    self._fail(request, error.to_wire())
+
+    def _on_llm_down(self) -> None:
+        """Rows in the slabs live on; what was computed is lost, once per request without harm."""
+        self.embeds.drop_borrower(self.llm.epoch)
+        self.llm.in_flight.clear()
+        for request in self.planner.forget_kv(self._empty_kv(0)):
+            request.num_recoveries += 1
+            self.counters.recoveries += 1
+            if request.num_recoveries > 1:
+                assert request.status is Status.WAITING
+                message = "the language model's processes died twice while this request was running"
+                self._fail(request, WireError(500, message, "llm_group_died"))
