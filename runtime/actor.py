@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -179,6 +180,7 @@ class ProcessContext:
         self.listen_socket = listen_socket
         self._memory_path = spec.memory_path
         self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
         self._report: Callable[[Message], None] | None = None
         self._tasks: asyncio.TaskGroup | None = None
 
@@ -188,7 +190,10 @@ class ProcessContext:
 
     def progress(self, stage: str, done: int, total: int) -> None:
         assert self._report is not None
-        self._loop.call_soon_threadsafe(self._report, Progress(stage, done, total))
+        if threading.get_ident() == self._thread:
+            self._report(Progress(stage, done, total))
+        else:
+            self._loop.call_soon_threadsafe(self._report, Progress(stage, done, total))
 
     def create_task(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         assert self._tasks is not None

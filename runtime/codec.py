@@ -1,7 +1,8 @@
 """Messages <-> bytes: msgpack of tagged Structs, decoded strictly into the one union that a receiver handles.
 
-On the wire a message is two frames: a header (protocol version, sender, the sender's epoch) and a body.  Nothing that comes in
-can name a type, a function or a path to import: an unknown tag, a wrong field, an ext type or a pickle is a `BadFrame`.
+On the wire a message is two frames: a header (protocol version, sender, the sender's epoch) and a body.  Nothing that
+comes in can name a type, a function or a path to import: an unknown tag, a wrong field, an ext type or a pickle is a
+`BadFrame`.
 """
 
 from __future__ import annotations

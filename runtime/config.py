@@ -1,7 +1,8 @@
 """The frozen config tree: checked once at start, handed to every process, never changed.
 
-Sizes are in the unit that ends the name.  What a user may leave out is resolved before this tree is built (tools/launch.py);
-the one None left, the KV cache's size, is decided by the LLM ranks, which alone know what memory is free.
+Sizes are in the unit that ends the name.  What a user may leave out is resolved before this tree is built
+(tools/launch.py); the one None left, the KV cache's size, is decided by the LLM ranks, which alone know what memory
+is free.
 """
 
 from __future__ import annotations

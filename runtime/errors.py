@@ -1,7 +1,8 @@
 """The exception tree, its wire form and its HTTP status.
 
 Every error a client can see is a `RequestError`; it travels between processes as a `WireError` and leaves the edge as
-`{"error": {"message", "type", "param", "code"}}`.  Every error that ends a start is a `StartupError`: one line for a person.
+`{"error": {"message", "type", "param", "code"}}`.  Every error that ends a start is a `StartupError`: one line for a
+person.
 """
 
 from __future__ import annotations

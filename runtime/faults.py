@@ -22,7 +22,7 @@ def hold_file(run_dir: Path, name: str) -> Path:
 async def gate(context: ActorContext, name: str) -> None:
     """Wait while a test holds this gate."""
     if context.config.supervision.fault_hooks:
-        while hold_file(context.run_dir, name).exists():
+        while hold_file(context.run_dir, name).exists():  # noqa: ASYNC110 - another process removes it
             await asyncio.sleep(_POLL_S)
 
 

@@ -1,7 +1,7 @@
 """One bounded inbox per actor: frames in, messages of living incarnations out, depth and age measured.
 
-Whether a sender is alive is the supervisor's word (PeerUp, PeerDown), never the sender's: messages of an incarnation that is
-gone are dropped and counted; those of one not announced yet are held, bounded, until its PeerUp arrives.
+Whether a sender is alive is the supervisor's word (PeerUp, PeerDown), never the sender's: messages of an incarnation
+that is gone are dropped and counted; those of one not announced yet are held, bounded, until its PeerUp arrives.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """Every message between processes, grouped by sender and receiver.
 
-All are frozen msgspec Structs; a channel's type is the union of what its receiver handles (`EdgeInbox`, ...).  No field is
-ever a pickle, a path from a client or a device handle from a client.  Sizes: token ids are ints, `grid_thw` counts patches,
-row and page numbers count rows of `[out_hidden_size]` in an EmbeddingSlab.
+All are frozen msgspec Structs; a channel's type is the union of what its receiver handles (`EdgeInbox`, ...).  No
+field is ever a pickle, a path from a client or a device handle from a client.  Sizes: token ids are ints, `grid_thw`
+counts patches, row and page numbers count rows of `[out_hidden_size]` in an EmbeddingSlab.
 
-The life of one request:  Submit -> (NeedMedia -> Decode -> PixelsReady -> Encode -> EmbedsReady)* -> StepPlan -> StepResult
--> TokenBatch ... and exactly one terminal TokenOutput (finish_reason or error), or an Abort from the edge instead.
+The life of one request:  Submit -> (NeedMedia -> Decode -> PixelsReady -> Encode -> EmbedsReady)* -> StepPlan ->
+StepResult -> TokenBatch ... and exactly one terminal TokenOutput (finish_reason or error), or an Abort from the edge
+instead.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ class TokenBatch(Message, frozen=True):
 
 
 class Decode(Message, frozen=True):
-    """Decode one image, resize it to target (width, height).  Answered to the scheduler: PixelsReady or DecodeFailed."""
+    """Decode one image and resize it to target_size.  Answered to the scheduler: PixelsReady or DecodeFailed."""
 
     mm_hash: MmHash
     encoded: bytes
@@ -173,7 +174,7 @@ class FreePixels(Message, frozen=True):
 
 
 class Encode(Message, frozen=True):
-    """Encode one image into these pages of the ViT's slab.  Answered by EmbedsReady or EncodeFailed with the same encode_id."""
+    """Encode one image into these pages of the ViT's slab.  Answered by EmbedsReady or EncodeFailed, same encode_id."""
 
     encode_id: int
     mm_hash: MmHash
@@ -184,7 +185,7 @@ class Encode(Message, frozen=True):
 
 
 class CancelEncode(Message, frozen=True):
-    """Nobody waits for this encode.  It is answered all the same, when it ran or was dropped (EncodeFailed code "cancelled")."""
+    """Nobody waits for this encode.  It is answered all the same: it ran, or EncodeFailed with code "cancelled"."""
 
     encode_id: int
 
@@ -260,7 +261,7 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
 
 
 class EmbedSlice(msgspec.Struct, frozen=True, array_like=True):
-    """num_rows rows of one image, from first_row on, replace the hidden states from `offset` (within the row's tokens) on."""
+    """num_rows rows of one image, from first_row on, replace hidden states from token `offset` of the StepRow on."""
 
     vit: ActorName
     epoch: Epoch
@@ -271,7 +272,7 @@ class EmbedSlice(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepRow(msgspec.Struct, frozen=True, array_like=True):
-    """Run tokens [start, start + num_tokens) of the sequence in this slot; new_block_ids extend its block table first."""
+    """Run tokens [start, start + num_tokens) of this slot's sequence; new_block_ids extend its block table first."""
 
     slot: int
     start: int
@@ -359,7 +360,7 @@ class StartFailed(Message, frozen=True):
 
 
 class Histogram(msgspec.Struct, frozen=True, array_like=True):
-    """Cumulative since the start of this incarnation; counts has one more element than bounds (above the last bound)."""
+    """Cumulative since the start of this incarnation; the last count, one more than bounds, is above the last bound."""
 
     bounds: tuple[float, ...]
     counts: tuple[int, ...]
@@ -417,7 +418,7 @@ class ActorStatus(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ServiceStatus(Message, frozen=True):
-    """To every edge, at least every heartbeat_s: who is up, and the metric totals of all incarnations (actor -> snapshot)."""
+    """To every edge, at least every heartbeat_s: who is up, and by actor the metric totals of all incarnations."""
 
     ready: bool
     actors: tuple[ActorStatus, ...]

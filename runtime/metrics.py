@@ -1,6 +1,7 @@
 """Counters, gauges and histograms of one actor, and the Prometheus text of all of them.
 
-An actor keeps cumulative values of its own incarnation; the supervisor adds up incarnations; an edge renders the totals.
+An actor keeps cumulative values of its own incarnation; the supervisor adds up incarnations; an edge renders the
+totals.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def _escape(value: str) -> str:
 
 
 class Metrics:
-    """This actor's metrics.  Safe from any thread; a snapshot costs one copy.  A name not in METRICS is a ValueError."""
+    """This actor's metrics.  Safe from any thread; a snapshot costs one copy.  Unknown names are a ValueError."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -229,9 +230,7 @@ def _actor_samples(actor: ActorStatus) -> Iterator[tuple[str, float]]:
 
 
 def _cumulative(histogram: Histogram) -> Iterator[tuple[str, float]]:
-    from prometheus_client.utils import floatToGoString
-
     running = 0
     for bound, count in zip((*histogram.bounds, float("inf")), histogram.counts, strict=True):
         running += count
-        yield floatToGoString(bound), running
+        yield ("+Inf" if bound == float("inf") else repr(float(bound))), running

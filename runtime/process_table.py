@@ -1,4 +1,4 @@
-"""What the supervisor knows of its processes: incarnations, who is up, restarts, metric totals.  No I/O, no clock of its own."""
+"""What the supervisor knows of its processes: incarnations, who is up, restarts, metric totals.  No I/O, no clock."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ State = Literal["starting", "ready", "restarting", "failed"]
 
 MAX_BACKOFF_S = 5.0
 FIRST_BACKOFF_S = 0.1
+_NEVER = Epoch(0)
 
 
 class RestartBudget:
@@ -49,7 +50,7 @@ class Process:
     """One actor: its present incarnation, and what is left of earlier ones."""
 
     spec: ActorSpec
-    epoch: Epoch = Epoch(0)
+    epoch: Epoch = _NEVER
     handle: ProcessHandle | None = None
     said_hello: bool = False
     address: str = ""

@@ -1,7 +1,7 @@
 """Host memory between processes: memfds without names in /dev/shm, and the arena in which a media worker puts pixels.
 
-The supervisor makes and holds the memory of each incarnation (memory_server.py); actors get descriptors of it, so whoever is
-killed, the memory goes with the last process that maps it.
+The supervisor makes and holds the memory of each incarnation (memory_server.py); actors get descriptors of it, so
+whoever is killed, the memory goes with the last process that maps it.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class HostMemory:
 
 
 class ArenaAllocator:
-    """First fit over [0, num_bytes), neighbours joined when freed, every block aligned and a multiple of ALIGNMENT.  Pure."""
+    """First fit over [0, num_bytes); freed neighbours are joined; blocks are multiples of ALIGNMENT.  Pure."""
 
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes // ALIGNMENT * ALIGNMENT

@@ -1,4 +1,4 @@
-"""EmbeddingSlab: a ViT's rows in one allocation of pages that LLM ranks read in place, and the scheduler's books of the pages.
+"""EmbeddingSlab: a ViT's rows in one allocation of pages, read in place by LLM ranks; SlabBooks: who has which page.
 
 The memory belongs to one incarnation of a ViT; who may use which page is decided by the scheduler alone (SlabBooks).
 """
@@ -145,8 +145,8 @@ class _Extent:
 class SlabBooks:
     """Pages of one ViT incarnation: who has them, who reads them.  Pure.
 
-    An extent is what one `allocate` returned and is named by that tuple.  A loan is a step of an LLM incarnation that reads
-    the extent.  Freed while on loan, an extent keeps its pages until its last loan ends.
+    An extent is what one `allocate` returned and is named by that tuple.  A loan is a step of an LLM incarnation that
+    reads the extent.  Freed while on loan, an extent keeps its pages until its last loan ends.
     """
 
     def __init__(self, num_pages: int) -> None:

@@ -61,7 +61,9 @@ class Observer(Protocol):
 
     def actor_up(self, actor: ActorName, epoch: Epoch, capabilities: Capabilities) -> None: ...
 
-    def actor_down(self, actor: ActorName, epoch: Epoch, reason: str) -> None: ...
+    def actor_down(self, actor: ActorName, epoch: Epoch, reason: str) -> None:
+        """It was lost; not called for those that end because the service does."""
+        ...
 
     def restarting(self, actor: ActorName, epoch: Epoch, delay_s: float) -> None:
         """`epoch` will be spawned after delay_s."""
@@ -262,7 +264,8 @@ class Supervisor:
 
     async def _one_incarnation(self, group: str, members: list[Process], epoch: Epoch) -> str:
         """Spawn the group, announce it when all of it is ready, and return why it ended; all of it is reaped then."""
-        failure = self._failures[group] = asyncio.get_running_loop().create_future()
+        failure: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._failures[group] = failure
         watchers: list[asyncio.Task[None]] = []
         limit = asyncio.create_task(self._limit_start(members, failure))
         try:
@@ -337,7 +340,8 @@ class Supervisor:
         if was_up:
             for peer in self._table.told_about(member):
                 self._send(peer, PeerDown(name, epoch))
-        self._observer.actor_down(name, epoch, reason)
+        if not self._stop.is_set():
+            self._observer.actor_down(name, epoch, reason)
 
     # ------------------------------------------------------------ what actors say
 

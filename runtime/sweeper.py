@@ -1,10 +1,12 @@
 """Outlives a killed supervisor just long enough to leave nothing behind.
 
-Run as a script with the standard library's smallest modules only: `python -I -S sweeper.py PIPE_FD RUN_DIR`.  It waits for
-the end of the pipe that the supervisor holds open, ends every process that has VLMRT_RUN_DIR=RUN_DIR in its environment, and
-removes RUN_DIR.  A process is checked through its pidfd and killed through it, so a recycled pid is never hit.
+Run as a script with the standard library's smallest modules only: `python -I -S sweeper.py PIPE_FD RUN_DIR`.  It
+waits for the end of the pipe that the supervisor holds open, ends every process that has VLMRT_RUN_DIR=RUN_DIR in its
+environment, and removes RUN_DIR.  A process is checked through its pidfd and killed through it, so a recycled pid is
+never hit.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -65,14 +67,10 @@ def _remove_tree(path: str) -> None:
         if entry.is_dir(follow_symlinks=False):
             _remove_tree(entry.path)
         else:
-            try:
+            with contextlib.suppress(OSError):
                 os.unlink(entry.path)
-            except OSError:
-                pass
-    try:
+    with contextlib.suppress(OSError):
         os.rmdir(path)
-    except OSError:
-        pass
 
 
 def main(pipe_fd: int, run_dir: str) -> None:

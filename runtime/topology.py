@@ -53,7 +53,7 @@ class ActorSpec(msgspec.Struct, frozen=True):
 def actor_specs(
     config: Config, *, num_gpus: int = 0, factories: Mapping[ActorKind, str] = FACTORIES
 ) -> tuple[ActorSpec, ...]:
-    """Every actor of the service.  LLM rank i runs on GPU i, ViTs go round the GPUs from the last down (away from rank 0).
+    """Every actor of the service.  LLM rank i runs on GPU i, ViTs go round the GPUs from the last down.
 
     Raises StartupError if there are fewer GPUs than the config needs.
     """

@@ -1,7 +1,9 @@
-"""ZeroMQ ipc sockets: one bound PULL inbox per incarnation of an actor, PUSH senders to it, and a ROUTER/DEALER for control.
+"""ZeroMQ ipc sockets: one bound PULL inbox per incarnation of an actor, PUSH senders to it, and a ROUTER/DEALER for
+control.
 
-Every socket is bounded both ways and never blocks: a full channel raises `ChannelFull` at once.  Addresses hold the epoch, so
-a sender can never reach a later incarnation by accident.  Sockets belong to the thread of the event loop that made them.
+Every socket is bounded both ways and never blocks: a full channel raises `ChannelFull` at once.  Addresses hold the
+epoch, so a sender can never reach a later incarnation by accident.  Sockets belong to the thread of the event loop
+that made them.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class Sent(NamedTuple):
 
 
 class FakeOutbox:
-    """Records what is sent.  Every peer is up unless named in `down`; channels of peers in `full` are at their bound."""
+    """Records what is sent.  Every peer is up unless named in `down`; channels to peers in `full` are full."""
 
     def __init__(self) -> None:
         self.sent: list[Sent] = []

@@ -181,3 +181,8 @@ class MemoryUser(Recorder):
             self.context.open_memory("arena/media:9/1")
         except KeyError as error:
             self.note(f"missing {error}")
+
+
+class NeverStops(Recorder):
+    async def stop(self, grace_s: float) -> None:
+        await asyncio.sleep(3600)

@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.runtime.services import ROOT
+
+
+@pytest.fixture
+def run_root(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A short folder for run directories; nothing may be left in it."""
+    root = Path(tempfile.mkdtemp(prefix="vt", dir="/tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", str(root))
+    monkeypatch.setenv("TMPDIR", str(root))
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    yield root
+    left = list(root.iterdir())
+    shutil.rmtree(root)
+    assert left == []
