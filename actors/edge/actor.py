@@ -1,0 +1,136 @@
+"""The edge process: HTTP in front, the scheduler and the media workers behind."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from aiohttp import web
+
+from vlmrt.actors.edge.app import MAX_LINE_BYTES, AppCollaborators, build_app
+from vlmrt.actors.edge.chat import ChatCollaborators, ChatEndpoint
+from vlmrt.actors.edge.detokenizer import Vocabulary
+from vlmrt.actors.edge.fetch import MediaFetcher, Resolve
+from vlmrt.actors.edge.health import Health
+from vlmrt.actors.edge.identify import ImageIdentifier
+from vlmrt.actors.edge.open_requests import MediaBudget
+from vlmrt.actors.edge.prompt import PromptBuilder, load_prompt_builder
+from vlmrt.actors.edge.sampling import SamplingDefaults
+from vlmrt.actors.edge.scheduler_link import SchedulerLink, unavailable
+from vlmrt.actors.models.config import CheckpointError, GenerationDefaults, ImageProcessing, ModelConfig
+from vlmrt.actors.models.registry import load_generation_defaults, load_image_processing, load_model_config
+from vlmrt.runtime.actor import ActorContext
+from vlmrt.runtime.errors import StartupError
+from vlmrt.runtime.messages import (
+    ActorName,
+    Capabilities,
+    EdgeInbox,
+    EdgeReady,
+    PeerDown,
+    PeerUp,
+    ServiceStatus,
+)
+
+NUM_THREADS = 2  # hashing, tokenizing long prompts, base64
+BACKLOG = 1024
+WRITE_TIMEOUT_S = 30.0  # a client that lets one write wait this long is cut
+CLOSE_S = 1.0  # for answers that are being written when everything else has ended
+
+
+class EdgeActor:
+    """Serves HTTP on the socket that the supervisor bound."""
+
+    def __init__(
+        self, context: ActorContext, *, resolve: Resolve | None = None, write_timeout_s: float = WRITE_TIMEOUT_S
+    ) -> None:
+        self._context = context
+        self._resolve = resolve
+        self._write_timeout_s = write_timeout_s
+        self._link = SchedulerLink(context.outbox)
+        self._health = Health(context.config.supervision.heartbeat_timeout_s)
+        self._executor = ThreadPoolExecutor(NUM_THREADS, "edge")
+        self._runner: web.AppRunner | None = None
+        self._site: web.SockSite | None = None
+
+    async def start(self) -> Capabilities:
+        """Load tokenizer and template, then accept connections.  Raises: StartupError."""
+        if self._context.listen_socket is None:
+            raise StartupError("the edge has no listening socket")
+        loop = asyncio.get_running_loop()
+        chat = await loop.run_in_executor(self._executor, self._load)
+        app = build_app(AppCollaborators(self._context.config, chat, self._health, self._context.metrics))
+        self._runner = web.AppRunner(
+            app,
+            handler_cancellation=True,
+            access_log=None,
+            auto_decompress=False,
+            max_line_size=MAX_LINE_BYTES,
+            max_field_size=MAX_LINE_BYTES,
+            shutdown_timeout=CLOSE_S,
+        )
+        await self._runner.setup()
+        self._site = web.SockSite(self._runner, self._context.listen_socket, backlog=BACKLOG)
+        await self._site.start()
+        return EdgeReady()
+
+    def _load(self) -> ChatEndpoint:
+        config = self._context.config
+        directory = Path(config.model.directory)
+        try:
+            model = load_model_config(directory)
+            processing = load_image_processing(directory)
+            generation = load_generation_defaults(directory)
+        except CheckpointError as error:
+            raise StartupError(str(error)) from None
+        if config.model.generation_config == "none":
+            generation = GenerationDefaults()
+        prompts = load_prompt_builder(directory, model, config.model.max_model_len, config.model.chat_template)
+        return self._chat(model, processing, generation, prompts)
+
+    def _chat(
+        self, model: ModelConfig, processing: ImageProcessing, generation: GenerationDefaults, prompts: PromptBuilder
+    ) -> ChatEndpoint:
+        config = self._context.config
+        identity = f"{config.model.directory}@{config.model.revision}"
+        return ChatEndpoint(
+            ChatCollaborators(
+                config=config,
+                link=self._link,
+                metrics=self._context.metrics,
+                budget=MediaBudget(config.server.max_media_mib << 20),
+                fetcher=MediaFetcher(config.server, self._executor, self._resolve),
+                identifier=ImageIdentifier(processing, identity, config.server.max_pixels),
+                prompts=prompts,
+                vocabulary=Vocabulary(prompts.tokenizer),
+                sampling=SamplingDefaults(generation, model.eos_token_ids, model.text.vocab_size),
+                executor=self._executor,
+                write_timeout_s=self._write_timeout_s,
+            )
+        )
+
+    async def peer_up(self, peer: PeerUp) -> None:
+        self._link.peer_up(peer)
+
+    async def peer_down(self, peer: PeerDown) -> None:
+        self._link.peer_down(peer)
+
+    async def status(self, status: ServiceStatus) -> None:
+        self._health.update(status)
+        self._link.retry_aborts()
+
+    async def handle(self, message: EdgeInbox, sender: ActorName) -> None:
+        self._link.handle(message)
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse what is new; let open requests finish for grace_s, then end them with an error."""
+        self._health.draining = True
+        self._link.close()
+        if self._site is not None:
+            await self._site.stop()
+        await self._link.drain(grace_s)
+        self._link.fail_all(unavailable("the server is shutting down"))
+        await self._link.drain(CLOSE_S)
+        if self._runner is not None:
+            await self._runner.cleanup()
+        self._executor.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,279 @@
+"""POST /v1/chat/completions, from the body to the last byte of the answer."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager
+
+from aiohttp import web
+from msgspec import Struct
+
+from vlmrt.actors.edge.body import read_json_body
+from vlmrt.actors.edge.detokenizer import Detokenizer, Vocabulary
+from vlmrt.actors.edge.fetch import MediaFetcher
+from vlmrt.actors.edge.identify import IdentifiedImage, ImageIdentifier
+from vlmrt.actors.edge.open_requests import MediaBudget, MediaLease, OpenRequest
+from vlmrt.actors.edge.openai import ChatRequest, image_sources, parse_chat_request, template_messages
+from vlmrt.actors.edge.prompt import Prompt, PromptBuilder
+from vlmrt.actors.edge.responses import AnswerMessage, ChatCompletion, ChatUsage, Choice, chat_usage, encode_json
+from vlmrt.actors.edge.sampling import SamplingDefaults
+from vlmrt.actors.edge.scheduler_link import SchedulerLink
+from vlmrt.actors.edge.stream import ChunkEncoder, EventStream, UsageStyle
+from vlmrt.runtime.config import Config
+from vlmrt.runtime.errors import RequestError
+from vlmrt.runtime.messages import FinishReason, RequestId, Submit, TokenOutput, Usage
+from vlmrt.runtime.metrics import Metrics
+
+ALIAS = "model"  # answers always, whatever the model is called
+_FIELD_NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
+MAX_NAMED_FIELDS = 16
+
+
+class ChatCollaborators(Struct, frozen=True):
+    """What the endpoint works with."""
+
+    config: Config
+    link: SchedulerLink
+    metrics: Metrics
+    budget: MediaBudget
+    fetcher: MediaFetcher
+    identifier: ImageIdentifier
+    prompts: PromptBuilder
+    vocabulary: Vocabulary
+    sampling: SamplingDefaults
+    executor: Executor
+    write_timeout_s: float
+
+
+class Prepared(Struct, frozen=True):
+    """A request that the scheduler can run, and how to answer it; the body it came from is no longer held."""
+
+    submit: Submit
+    images: tuple[IdentifiedImage, ...]
+    num_image_tokens: int
+    stops: tuple[str, ...]
+    stream: bool
+    usage_style: UsageStyle
+    headers: dict[str, str]
+
+
+class ChatEndpoint:
+    """Answers chat completions; one call of `post` per request."""
+
+    def __init__(self, collaborators: ChatCollaborators) -> None:
+        self._with = collaborators
+        self._served_names = collaborators.config.model.served_names
+
+    async def post(self, request: web.Request) -> web.StreamResponse:
+        """Parse, identify, render, submit, answer.  Cancelled when the client goes; then the request is aborted."""
+        arrived_s = time.monotonic()
+        self._with.link.check_open()
+        timeout_s = self._with.config.server.request_timeout_s
+        with self._with.budget.lease() as lease:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    prepared = await self._prepare(request, lease)
+            except TimeoutError:
+                raise _too_late(timeout_s) from None
+            with (
+                self._with.link.submit(prepared.submit, prepared.images) as open_request,
+                _deadline(open_request, arrived_s + timeout_s, timeout_s),
+            ):
+                answer = Answer(prepared, self._with.vocabulary, self._with.metrics, arrived_s)
+                if prepared.stream:
+                    return await self._stream(request, prepared, open_request, answer)
+                return await self._whole(prepared, open_request, answer)
+
+    async def _prepare(self, request: web.Request, lease: MediaLease) -> Prepared:
+        body = await read_json_body(request, self._with.config.server.max_body_mib << 20, lease)
+        chat, ignored = parse_chat_request(body)
+        num_body_bytes = len(body)
+        del body
+        self._check_model(chat.model)
+        images = await self._identify(chat, lease)
+        lease.give_back(min(num_body_bytes, lease.held_bytes))
+        prompt = await self._with.prompts.build(template_messages(chat.messages), images, self._with.executor)
+        submit = self._submit(chat, prompt)
+        headers = {"x-vlmrt-ignored": _shown_fields(ignored)} if ignored else {}
+        return Prepared(
+            submit=submit,
+            images=tuple(images),
+            num_image_tokens=prompt.num_image_tokens,
+            stops=chat.stops,
+            stream=bool(chat.stream),
+            usage_style=_usage_style(chat),
+            headers=headers,
+        )
+
+    def _check_model(self, model: str | None) -> None:
+        if model is not None and model not in (ALIAS, *self._served_names):
+            raise RequestError(
+                f"the model {model[:100]!r} does not exist; served here: {', '.join(self._served_names)}",
+                status=404,
+                code="model_not_found",
+                param="model",
+            )
+
+    async def _identify(self, chat: ChatRequest, lease: MediaLease) -> list[IdentifiedImage]:
+        """All pictures of the request, fetched side by side."""
+        sources = image_sources(chat.messages)
+        limit = self._with.config.server.limit_images
+        if len(sources) > limit:
+            raise RequestError(
+                f"messages hold {len(sources)} images, more than {limit}", param="messages", code="too_many_images"
+            )
+
+        async def one(index: int) -> IdentifiedImage:
+            source = sources[index]
+            encoded = await self._with.fetcher.fetch(source, lease)
+            return await self._with.identifier.identify(
+                encoded,
+                low_detail=source.low_detail,
+                cache_salt=chat.cache_salt or "",
+                param=source.param,
+                executor=self._with.executor,
+            )
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(index)) for index in range(len(sources))]
+        except* RequestError as errors:
+            raise errors.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    def _submit(self, chat: ChatRequest, prompt: Prompt) -> Submit:
+        num_prompt_tokens = len(prompt.token_ids)
+        return Submit(
+            request_id=RequestId(f"chatcmpl-{secrets.token_hex(16)}"),
+            prompt_token_ids=prompt.token_ids,
+            media=prompt.media,
+            rope_delta=prompt.rope_delta,
+            sampling=self._with.sampling.sampling(chat),
+            stop=self._with.sampling.stop_rule(chat, self._with.config.model.max_model_len - num_prompt_tokens),
+            cache_salt=chat.cache_salt or "",
+            priority=chat.priority or 0,
+        )
+
+    async def _whole(self, prepared: Prepared, open_request: OpenRequest, answer: Answer) -> web.Response:
+        texts = []
+        while answer.finish_reason is None:
+            texts.append(answer.take(await open_request.outputs()))
+        completion = ChatCompletion(
+            id=open_request.request_id,
+            created=answer.created,
+            model=self._served_names[0],
+            choices=(Choice(AnswerMessage("".join(texts)), answer.finish_reason),),
+            usage=answer.usage,
+        )
+        headers = {**prepared.headers, **answer.headers()}
+        return web.Response(body=encode_json(completion), content_type="application/json", headers=headers)
+
+    async def _stream(
+        self, request: web.Request, prepared: Prepared, open_request: OpenRequest, answer: Answer
+    ) -> web.StreamResponse:
+        chunks = ChunkEncoder(open_request.request_id, answer.created, self._served_names[0], prepared.usage_style)
+        outputs = await open_request.outputs()  # an error until here is an ordinary answer with its own status
+        stream = EventStream(request, {**prepared.headers, **answer.headers()}, self._with.write_timeout_s)
+        try:
+            text = answer.take(outputs)
+            data = chunks.role(answer.usage)
+            while True:
+                if text:
+                    data += chunks.text(text, answer.usage)
+                if answer.finish_reason is not None:
+                    data += chunks.finish(answer.finish_reason, answer.usage) + chunks.end(answer.usage)
+                if data:
+                    await stream.write(data)
+                if answer.finish_reason is not None:
+                    break
+                text, data = answer.take(await open_request.outputs()), b""
+        except RequestError as error:
+            self._with.metrics.add("request_errors_total", code=error.code or str(error.status))
+            await stream.fail(error)
+        return await stream.close()
+
+
+class Answer:
+    """What has come of one answer: its text cut at stops, its usage, its end."""
+
+    def __init__(self, prepared: Prepared, vocabulary: Vocabulary, metrics: Metrics, arrived_s: float) -> None:
+        stop = prepared.submit.stop
+        self.created = int(time.time())
+        self.finish_reason: FinishReason | None = None
+        self._last_usage = Usage(len(prepared.submit.prompt_token_ids), 0, 0)
+        self._num_image_tokens = prepared.num_image_tokens
+        self._stop_token_ids = frozenset(stop.stop_token_ids)
+        self._detokenizer = Detokenizer(vocabulary, prepared.stops, stop.min_tokens)
+        self._metrics = metrics
+        self._arrived_s = arrived_s
+        self._last_token_s: float | None = None
+
+    @property
+    def usage(self) -> ChatUsage:
+        return chat_usage(self._last_usage, self._num_image_tokens)
+
+    def headers(self) -> dict[str, str]:
+        return {"openai-processing-ms": str(int((time.monotonic() - self._arrived_s) * 1000))}
+
+    def take(self, outputs: Sequence[TokenOutput]) -> str:
+        """The text that these outputs let out; sets finish_reason where they end the answer."""
+        token_ids = [token_id for output in outputs for token_id in output.token_ids]
+        self._measure(len(token_ids))
+        last = outputs[-1]
+        self._last_usage = last.usage
+        finish_reason = last.finish_reason
+        if finish_reason == "stop" and token_ids and token_ids[-1] in self._stop_token_ids:
+            token_ids.pop()
+        text = self._detokenizer.push(token_ids)
+        if finish_reason is not None:
+            text += self._detokenizer.flush()
+        self.finish_reason = "stop" if self._detokenizer.stopped else finish_reason
+        if self.finish_reason is not None:
+            self._metrics.add("request_success_total", finished_reason=self.finish_reason)
+            self._metrics.observe("e2e_request_latency_seconds", time.monotonic() - self._arrived_s)
+        return text
+
+    def _measure(self, num_tokens: int) -> None:
+        if not num_tokens:
+            return
+        now_s = time.monotonic()
+        if self._last_token_s is None:
+            self._metrics.observe("time_to_first_token_seconds", now_s - self._arrived_s)
+        else:
+            self._metrics.observe("inter_token_latency_seconds", (now_s - self._last_token_s) / num_tokens)
+        self._last_token_s = now_s
+
+
+@contextmanager
+def _deadline(open_request: OpenRequest, at_s: float, timeout_s: float) -> Iterator[None]:
+    """Fail the request at a time of the monotonic clock."""
+    loop = asyncio.get_running_loop()
+    timer = loop.call_later(max(0.0, at_s - time.monotonic()), lambda: open_request.fail(_too_late(timeout_s)))
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _too_late(timeout_s: float) -> RequestError:
+    return RequestError(f"the request took longer than {timeout_s:g} s", status=504, code="request_timeout")
+
+
+def _usage_style(chat: ChatRequest) -> UsageStyle:
+    options = chat.stream_options
+    if options is None:
+        return "none"
+    if options.continuous_usage_stats:
+        return "every"
+    return "last" if options.include_usage else "none"
+
+
+def _shown_fields(names: Sequence[str]) -> str:
+    """Names of ignored fields as a header may hold them."""
+    shown = [name if _FIELD_NAME.fullmatch(name) else "?" for name in names[:MAX_NAMED_FIELDS]]
+    return ",".join(shown + ["..."] * (len(names) > MAX_NAMED_FIELDS))

@@ -1,0 +1,120 @@
+"""The requests this edge has open at the scheduler, and the memory their pictures may take."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from vlmrt.actors.edge.identify import IdentifiedImage
+from vlmrt.runtime.errors import RequestError
+from vlmrt.runtime.messages import Epoch, MmHash, RequestId, TokenOutput
+
+MAX_QUEUED_TOKENS = 65536  # of one request whose client does not read
+RETRY_AFTER_S = 1
+
+
+class MediaBudget:
+    """Bytes of bodies and encoded pictures that open requests may hold together."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.used_bytes = 0
+
+    @contextmanager
+    def lease(self) -> Iterator[MediaLease]:
+        """Whatever is still held at the end is given back."""
+        lease = MediaLease(self)
+        try:
+            yield lease
+        finally:
+            lease.give_back(lease.held_bytes)
+
+
+class MediaLease:
+    """One request's share of the budget."""
+
+    def __init__(self, budget: MediaBudget) -> None:
+        self._budget = budget
+        self.held_bytes = 0
+
+    def add(self, num_bytes: int) -> None:
+        """Raises: RequestError 413 where no waiting would help, 429 where it may."""
+        budget = self._budget
+        if self.held_bytes + num_bytes > budget.max_bytes:
+            raise RequestError(
+                f"the request's pictures take {self.held_bytes + num_bytes} bytes, more than {budget.max_bytes}",
+                status=413,
+                code="media_too_large",
+            )
+        if budget.used_bytes + num_bytes > budget.max_bytes:
+            raise RequestError(
+                "the pictures of the open requests fill the memory set aside for them; try again",
+                status=429,
+                code="media_budget_exhausted",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        budget.used_bytes += num_bytes
+        self.held_bytes += num_bytes
+
+    def give_back(self, num_bytes: int) -> None:
+        self._budget.used_bytes -= num_bytes
+        self.held_bytes -= num_bytes
+
+
+class OpenRequest:
+    """One request between its Submit and its end: outputs that wait for the client, pictures that may be asked for."""
+
+    def __init__(self, request_id: RequestId, epoch: Epoch, images: Iterable[IdentifiedImage]) -> None:
+        self.request_id = request_id
+        self.epoch = epoch  # of the scheduler that has it
+        self.images: dict[MmHash, IdentifiedImage] = {image.mm_hash: image for image in images}
+        self.ended = False  # by the scheduler, or because it died: no Abort is due
+        self.error: RequestError | None = None
+        self._outputs: list[TokenOutput] = []
+        self._num_queued_tokens = 0
+        self._waiter: asyncio.Future[None] | None = None
+
+    def push(self, output: TokenOutput) -> None:
+        """News from the scheduler.  A client that lets too much pile up loses its request."""
+        if self.error is not None:
+            return
+        if output.error is not None:
+            self.ended = True
+            self.fail(RequestError.from_wire(output.error))
+            return
+        self._num_queued_tokens += len(output.token_ids)
+        if self._num_queued_tokens > MAX_QUEUED_TOKENS:
+            self.fail(RequestError("the client reads too slowly", status=408, code="slow_client"))
+            return
+        self._outputs.append(output)
+        if output.finish_reason is not None:
+            self.ended = True
+        self._wake()
+
+    def fail(self, error: RequestError) -> None:
+        """End the request with an error, after the outputs that came before it."""
+        if self.error is None:
+            self.error = error
+            self._wake()
+
+    async def outputs(self) -> list[TokenOutput]:
+        """All outputs since the last call, at least one.
+
+        Raises: the RequestError that ended the request.
+        """
+        while not self._outputs:
+            if self.error is not None:
+                raise self.error
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        taken, self._outputs = self._outputs, []
+        self._num_queued_tokens = 0
+        return taken
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
