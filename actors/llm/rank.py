@@ -1,0 +1,168 @@
+"""Loading of one rank: its group, its part of the weights, its KV cache; then what its thread drives."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from vlmrt.actors.llm.kv_cache import allocate, num_blocks_that_fit
+from vlmrt.actors.llm.process_group import RankGroup, join_group
+from vlmrt.actors.llm.runner import PendingStep, Runner
+from vlmrt.actors.llm.slots import Slots
+from vlmrt.actors.models.checkpoint_files import check_weight_files
+from vlmrt.actors.models.config import CheckpointError, ModelConfig
+from vlmrt.actors.models.qwen2_vl.language import LanguageModel
+from vlmrt.actors.models.registry import check_tensor_parallel, family, load_model_config
+from vlmrt.runtime.actor import ActorContext
+from vlmrt.runtime.config import Config
+from vlmrt.runtime.errors import StartupError
+from vlmrt.runtime.messages import (
+    AttachSlab,
+    DetachSlab,
+    NewSequence,
+    RequestId,
+    Sampling,
+    StepPlan,
+    StepResult,
+    StepRow,
+)
+from vlmrt.runtime.slab import open_slab
+
+logger = logging.getLogger(__name__)
+
+CPU_WARM_UP_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRank:
+    """A rank ready to run: satisfies step_thread.Rank."""
+
+    num_blocks: int
+    group: RankGroup
+    runner: Runner
+    context: ActorContext
+
+    def attach(self, message: AttachSlab) -> None:
+        try:
+            slab = open_slab(self.context, self.context.device, message.slab)
+        except KeyError:  # that ViT has died since; a plan with rows of it would end this rank
+            logger.warning("the slab of %s, epoch %d, is gone already", message.vit, message.epoch)
+            return
+        self.runner.attach((message.vit, message.epoch), slab)
+
+    def detach(self, message: DetachSlab) -> None:
+        self.runner.detach((message.vit, message.epoch))
+
+    def clear(self) -> None:
+        self.runner.clear()
+
+    def agrees(self, key: int) -> bool:
+        return self.group.agrees(key)
+
+    def launch(self, plan: StepPlan) -> PendingStep:
+        return self.runner.launch(plan)
+
+    def is_done(self, pending: PendingStep) -> bool:
+        return self.runner.is_done(pending)
+
+    def complete(self, pending: PendingStep) -> StepResult:
+        return self.runner.complete(pending)
+
+    def close(self) -> None:
+        self.runner.clear()
+        if self.group.tp.size > 1:
+            dist.destroy_process_group()
+
+
+def load_rank(context: ActorContext) -> LoadedRank:
+    """Do everything that a first step should not have to wait for; blocks, in the thread that will run the steps.
+
+    Raises: StartupError where another try cannot help.
+    """
+    config = context.config
+    device, dtype = torch.device(context.device), getattr(torch, config.parallel.dtype)
+    if device.type == "cpu":
+        torch.set_num_threads(config.parallel.llm_threads)
+    else:
+        torch.cuda.set_device(device)
+    try:
+        model_config = load_model_config(Path(config.model.directory))
+        check_tensor_parallel(model_config, config.parallel.tp)
+        files = check_weight_files(Path(config.model.directory))
+        context.progress("joining ranks", 0, config.parallel.tp)
+        group = join_group(
+            context.index,
+            config.parallel.tp,
+            config.parallel.device,
+            context.run_dir / f"tp-{context.epoch}",
+            config.supervision.start_timeout_s,
+            config.supervision.step_timeout_s,
+        )
+        model = family(model_config.model_type).load_language(
+            files, model_config, group.tp, device, dtype, _in_hundredths(context)
+        )
+    except CheckpointError as error:
+        raise StartupError(str(error)) from None
+    group.wait_for_all("loaded", config.supervision.start_timeout_s)
+    with torch.inference_mode():
+        if device.type != "cpu":
+            _run_largest_step(config, model_config, model, device, dtype)
+        num_blocks = group.smallest(num_blocks_that_fit(config, model_config.text, dtype, device))
+        kv = allocate(num_blocks, config.scheduling.block_size, model_config.text, config.parallel.tp, dtype, device)
+        slots = Slots(config.scheduling.max_num_seqs, config.model.max_model_len, config.scheduling.block_size)
+        runner = Runner(model, kv, slots, model_config.vision.spatial_merge_size, device)
+        _warm_up(runner, 1, CPU_WARM_UP_TOKENS, num_blocks, config)
+    return LoadedRank(num_blocks, group, runner, context)
+
+
+def _in_hundredths(context: ActorContext) -> Callable[[int, int], None]:
+    """Progress of the weights in bytes, told once per hundredth."""
+    told = -1
+
+    def progress(done: int, total: int) -> None:
+        nonlocal told
+        hundredth = 100 * done // max(1, total)
+        if hundredth != told:
+            told = hundredth
+            context.progress("loading weights", done, total)
+
+    return progress
+
+
+def _run_largest_step(
+    config: Config, model_config: ModelConfig, model: LanguageModel, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Let torch's allocator keep the workspace of the largest step, so that what is free then is free for blocks."""
+    block_size = config.scheduling.block_size
+    num_seqs = config.scheduling.max_num_seqs
+    num_tokens = min(config.model.max_model_len, -(-config.scheduling.max_num_batched_tokens // num_seqs))
+    num_blocks = num_tokens // block_size + 2
+    kv = allocate(num_blocks, block_size, model_config.text, config.parallel.tp, dtype, device)
+    slots = Slots(num_seqs, config.model.max_model_len, block_size)
+    runner = Runner(model, kv, slots, model_config.vision.spatial_merge_size, device)
+    _warm_up(runner, num_seqs, num_tokens, num_blocks, config)
+
+
+def _warm_up(runner: Runner, num_seqs: int, num_tokens: int, num_blocks: int, config: Config) -> None:
+    """A prefill and a decode step of made-up sequences, which share their blocks, with every sampling step in use."""
+    block_size = config.scheduling.block_size
+    num_tokens = max(1, min(num_tokens, num_blocks * block_size - 1, config.model.max_model_len))
+    blocks = tuple(range(min(num_blocks, num_tokens // block_size + 1)))
+    sampling = Sampling(temperature=1.0, top_p=0.9, top_k=20, min_p=0.01)
+    token_ids = (0,) * num_tokens
+    admit = tuple(
+        NewSequence(slot, RequestId("warm-up"), token_ids, num_tokens, (), 0, sampling, blocks)
+        for slot in range(num_seqs)
+    )
+    slots = range(num_seqs)
+    prefill = StepPlan(0, (), admit, tuple(StepRow(slot, 0, num_tokens, (), True) for slot in slots))
+    runner.complete(runner.launch(prefill))
+    if num_tokens < num_blocks * block_size:
+        decode = StepPlan(1, (), (), tuple(StepRow(slot, num_tokens, 1, (), True) for slot in slots))
+        runner.complete(runner.launch(decode))
+    runner.clear()

@@ -1,0 +1,135 @@
+"""One rank's step: StepPlan -> forward pass -> sampled tokens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmrt.actors.llm.batch import HostBatch, MergePart, build_batch
+from vlmrt.actors.llm.kv_cache import KvCache
+from vlmrt.actors.llm.sampler import Sampler
+from vlmrt.actors.llm.slots import PlanError, Slots
+from vlmrt.actors.llm.transfer import to_device
+from vlmrt.actors.models.qwen2_vl.language import LanguageModel
+from vlmrt.kernels.embed_merge import embed_merge
+from vlmrt.kernels.paged_attention import PagedBatch
+from vlmrt.runtime.messages import ActorName, Epoch, StepPlan, StepResult
+from vlmrt.runtime.slab import EmbeddingSlab, row_index
+
+SlabKey = tuple[ActorName, Epoch]
+
+
+@dataclass(frozen=True, slots=True)
+class PendingStep:
+    """A step that the device runs, or has run; its tokens are read by Runner.complete."""
+
+    step: int
+    batch: HostBatch
+    token_ids: Tensor  # int64 [R] on the host, valid once done has happened
+    done: torch.cuda.Event | None  # None: a CPU has finished when launch returns
+    started_s: float
+
+
+class Runner:
+    """The model, its KV cache, the slots and the slabs that image rows come from."""
+
+    def __init__(self, model: LanguageModel, kv: KvCache, slots: Slots, merge_size: int, device: torch.device) -> None:
+        self._model = model
+        self._kv = kv
+        self._slots = slots
+        self._merge_size = merge_size
+        self._device = device
+        self._sampler = Sampler(slots, model.config.vocab_size, device)
+        self._slabs: dict[SlabKey, EmbeddingSlab] = {}
+
+    def attach(self, key: SlabKey, slab: EmbeddingSlab) -> None:
+        """Take rows from this slab for slices that name it; the runner closes it."""
+        self.detach(key)
+        self._slabs[key] = slab
+
+    def detach(self, key: SlabKey) -> None:
+        """Close a slab, if it is attached; no step that reads it may still be running."""
+        slab = self._slabs.pop(key, None)
+        if slab is not None:
+            slab.close()
+
+    def clear(self) -> None:
+        """Forget all sequences and slabs; weights and the memory of the KV cache stay."""
+        self._slots.clear()
+        for key in list(self._slabs):
+            self.detach(key)
+
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Queue a step on the device; on a CPU, run it.
+
+        Raises: PlanError if the plan contradicts the slots or names a slab that is not attached.
+        """
+        started_s = time.perf_counter()
+        batch = build_batch(plan, self._slots, self._merge_size)
+        for sequence in plan.admit:
+            self._sampler.admit(sequence.slot)
+        with torch.inference_mode():
+            token_ids = self._forward(batch) if batch.num_tokens else torch.zeros(0, dtype=torch.int64)
+            done = None
+            if self._device.type != "cpu":
+                token_ids = token_ids.to("cpu", non_blocking=True)
+                done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                done.record()
+        return PendingStep(plan.step, batch, token_ids, done, started_s)
+
+    def is_done(self, pending: PendingStep) -> bool:
+        return pending.done is None or bool(pending.done.query())  # type: ignore[no-untyped-call]
+
+    def complete(self, pending: PendingStep) -> StepResult:
+        """Wait for a step, the oldest of those launched, and learn its tokens."""
+        if pending.done is not None:
+            pending.done.synchronize()
+        token_ids = pending.token_ids.numpy()
+        self._slots.learn(pending.batch.sample_slots, pending.batch.sample_admissions, token_ids)
+        duration_ms = (time.perf_counter() - pending.started_s) * 1e3
+        return StepResult(pending.step, tuple(token_ids.tolist()), duration_ms)
+
+    def _forward(self, batch: HostBatch) -> Tensor:
+        token_ids = to_device(batch.token_ids, self._device)
+        if len(batch.unknown_positions):
+            unknown = self._sampler.last_tokens[to_device(batch.unknown_slots, self._device)]
+            token_ids.index_copy_(0, to_device(batch.unknown_positions, self._device), unknown)
+        hidden = self._model.embed(token_ids)
+        if batch.merges:
+            self._merge(hidden, batch.merges)
+        cos, sin = self._model.rotary(to_device(batch.positions, self._device))
+        hidden = self._model.forward(hidden, cos, sin, self._kv, self._paged(batch))
+        if not len(batch.sample_positions):
+            return token_ids[:0]
+        sampled = hidden.index_select(0, to_device(batch.sample_positions, self._device))
+        return self._sampler.sample(self._model.logits(sampled), batch)
+
+    def _merge(self, hidden: Tensor, merges: Sequence[MergePart]) -> None:
+        """Image rows over the placeholders' embeddings, slab by slab."""
+        by_slab: dict[SlabKey, list[MergePart]] = {}
+        for part in merges:
+            by_slab.setdefault((part.source.vit, part.source.epoch), []).append(part)
+        for key, parts in by_slab.items():
+            if key not in self._slabs:
+                raise PlanError(f"image rows lie in the slab of {key[0]}, epoch {key[1]}, which is not attached")
+            slab = self._slabs[key]
+            rows = [row_index(p.source.pages, p.source.first_row, p.source.num_rows, slab.page_rows) for p in parts]
+            positions = [np.arange(p.first_position, p.first_position + p.source.num_rows) for p in parts]
+            source = slab.tensor().index_select(0, to_device(np.concatenate(rows), self._device))
+            embed_merge(hidden, source, to_device(np.concatenate(positions), self._device))
+
+    def _paged(self, batch: HostBatch) -> PagedBatch:
+        return PagedBatch(
+            cu_seqlens=to_device(batch.cu_seqlens, self._device),
+            context_lens=to_device(batch.context_lens, self._device),
+            block_tables=to_device(batch.block_tables, self._device),
+            slot_mapping=to_device(batch.slot_mapping, self._device),
+            num_decodes=batch.num_decodes,
+            query_lens=batch.query_lens,
+            context_lens_host=batch.context_lens_host,
+        )

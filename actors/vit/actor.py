@@ -1,0 +1,142 @@
+"""One vision tower: Encode -> EmbedsReady or EncodeFailed; owns the slab that the rows lie in."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol, assert_never
+
+from vlmrt.actors.vit.batcher import EncodeQueue
+from vlmrt.actors.vit.encoder import Answer
+from vlmrt.actors.vit.loading import load_encoder
+from vlmrt.runtime.actor import ActorContext
+from vlmrt.runtime.errors import RequestError, VlmrtError
+from vlmrt.runtime.faults import gate
+from vlmrt.runtime.messages import (
+    ActorName,
+    CancelEncode,
+    EmbedsReady,
+    Encode,
+    EncodeFailed,
+    Epoch,
+    PeerDown,
+    PeerUp,
+    ServiceStatus,
+    SlabExport,
+    VitInbox,
+    VitReady,
+)
+
+SCHEDULER = ActorName("scheduler:0")
+MAX_QUEUED = 4096
+MAX_WATCH_INTERVAL_S = 1.0
+
+
+class BatchEncoder(Protocol):
+    """encoder.Encoder, or what a test puts in its place."""
+
+    beat_s: float
+
+    @property
+    def export(self) -> SlabExport: ...
+
+    def encode(self, batch: Sequence[Encode]) -> list[Answer]: ...
+
+    def close(self) -> None: ...
+
+
+class EncodeStuck(VlmrtError):
+    """The tower has not moved for step_timeout_s; only a new process can help."""
+
+
+class VitActor:
+    """The shell of a tower: a queue, one thread that encodes, and the answers."""
+
+    def __init__(self, context: ActorContext, load: Callable[[ActorContext], BatchEncoder] = load_encoder) -> None:
+        self._context = context
+        self._load = load
+        self._queue = EncodeQueue(context.config.parallel.max_patches_per_batch, MAX_QUEUED)
+        self._queued = asyncio.Event()
+        self._scheduler_epoch: Epoch | None = None
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
+        self._encoder: BatchEncoder | None = None
+
+    async def start(self) -> VitReady:
+        loop = asyncio.get_running_loop()
+        self._encoder = await loop.run_in_executor(self._executor, self._load, self._context)
+        self._context.create_task(self._encode_forever(self._encoder), "encode")
+        return VitReady(self._encoder.export)
+
+    async def peer_up(self, peer: PeerUp) -> None:
+        if peer.actor == SCHEDULER and peer.epoch != self._scheduler_epoch:
+            self._queue.clear()
+            self._scheduler_epoch = peer.epoch
+
+    async def peer_down(self, peer: PeerDown) -> None:
+        """Nobody waits for what that scheduler asked for; its successor gives the pages out anew."""
+        if peer.actor == SCHEDULER and peer.epoch == self._scheduler_epoch:
+            self._queue.clear()
+            self._scheduler_epoch = None
+
+    async def status(self, status: ServiceStatus) -> None:
+        """Only edges are told."""
+
+    async def handle(self, message: VitInbox, sender: ActorName) -> None:
+        match message:
+            case Encode():
+                if self._queue.put(message):
+                    self._queued.set()
+                else:
+                    self._refuse(message.encode_id, f"{MAX_QUEUED} images are queued already", 503, "overloaded")
+            case CancelEncode():
+                if self._queue.cancel(message.encode_id):
+                    self._refuse(message.encode_id, "nobody waits for this image any more", 499, "cancelled")
+            case _:
+                assert_never(message)
+
+    async def stop(self, grace_s: float) -> None:
+        self._queue.clear()
+        self._executor.shutdown(wait=False, cancel_futures=True)
+        if self._encoder is not None:
+            self._encoder.close()
+
+    async def _encode_forever(self, encoder: BatchEncoder) -> None:
+        while True:
+            await self._queued.wait()
+            await gate(self._context, "vit.encode")
+            batch = self._queue.take()
+            if not len(self._queue):
+                self._queued.clear()
+            if not batch:
+                continue
+            epoch = self._scheduler_epoch
+            started_s = time.perf_counter()
+            answers = await self._encode(encoder, batch)
+            self._count(len(batch), answers, time.perf_counter() - started_s)
+            if epoch == self._scheduler_epoch:
+                for answer in answers:
+                    self._context.outbox.send(SCHEDULER, answer)
+
+    async def _encode(self, encoder: BatchEncoder, batch: Sequence[Encode]) -> list[Answer]:
+        """Run a batch in the thread.  Raises EncodeStuck when it no longer moves."""
+        encoder.beat_s = time.monotonic()
+        limit_s = self._context.config.supervision.step_timeout_s
+        answers = asyncio.get_running_loop().run_in_executor(self._executor, encoder.encode, batch)
+        while True:
+            done, _ = await asyncio.wait((answers,), timeout=min(MAX_WATCH_INTERVAL_S, limit_s / 4))
+            if done:
+                return answers.result()
+            if time.monotonic() - encoder.beat_s > limit_s:
+                raise EncodeStuck(f"{len(batch)} images: the tower has not moved for {limit_s:g} s (step_timeout_s)")
+
+    def _count(self, num_images: int, answers: Sequence[Answer], seconds: float) -> None:
+        metrics = self._context.metrics
+        metrics.add("images_encoded_total", sum(isinstance(answer, EmbedsReady) for answer in answers))
+        metrics.observe("vit_batch_images", num_images)
+        metrics.observe("encode_seconds", seconds)
+
+    def _refuse(self, encode_id: int, problem: str, status: int, code: str) -> None:
+        error = RequestError(problem, status=status, code=code)
+        self._context.outbox.send(SCHEDULER, EncodeFailed(encode_id, error.to_wire()))

@@ -1,0 +1,30 @@
+"""What every engine of the vision tower does: pixels -> rows, in quanta that leave the device to others in between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+Pixels = NDArray[np.uint8]  # [t, height, width, 3], resized
+GridThw = tuple[int, int, int]
+Run = TypeVar("Run")
+
+
+class VisionEngine(Protocol[Run]):
+    """One loaded tower.  Run is a batch on its way through it."""
+
+    def prepare(self, images: Sequence[Pixels], grids: Sequence[GridThw]) -> Run:
+        """Bring the pixels to the device and cut them into patches; they are not read after this returns."""
+        ...
+
+    def run_quantum(self, run: Run) -> bool:
+        """Run as many layers as fit the time of a quantum and wait for them; True when none is left."""
+        ...
+
+    def rows(self, run: Run) -> Tensor:
+        """[sum of t * h * w / merge_size**2, out_hidden_size], images in order, of a run whose layers are done."""
+        ...
