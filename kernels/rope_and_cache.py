@@ -39,11 +39,11 @@ def rope_and_cache(
 ) -> Tensor:
     """Rotate q and k by their tokens' angles, write k and v into their slots, return the rotated q.
 
-    Shapes: q [T, Hq, D], k and v [T, Hkv, D], cos and sin [T, D] (M-RoPE sections already chosen, both halves
-    alike), k_cache and v_cache [num_blocks, block_size, Hkv, D], slot_mapping int64 [T] as block * block_size +
+    Shapes: q [T, Hq, D], k and v [T, Hkv, D], cos and sin [T, D] from rotary_tables (M-RoPE sections already
+    chosen), k_cache and v_cache [num_blocks, block_size, Hkv, D], slot_mapping int64 [T] as block * block_size +
     offset, -1 to skip the write -> [T, Hq, D], same dtype as q.   Source: arXiv:2104.09864.
     """
-    # One rotation for both where they are neighbours in memory is worth more than the concatenation costs.
+    # One rotation of both saves more than the concatenation costs: on a CPU the calls are what takes time.
     rotated = rotate_reference(torch.cat((q, k), dim=1), cos, sin)
     num_heads = q.shape[1]
     write_cache_reference(rotated[:, num_heads:], v, k_cache, v_cache, slot_mapping)

@@ -4,17 +4,24 @@ import torch
 from torch import Tensor
 
 
+def rotary_tables(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """(cos, sin) of each token's angles as rotate takes them: sin is negated in its first half.
+
+    Shapes: float32 [T, D/2] -> two float32 [T, D].
+    """
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    cos, sin = cos[:, None, :half], sin[:, None, :half]
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    swapped = x.roll(x.shape[-1] // 2, -1)  # the sign that this half-turn lacks is in sin
+    return torch.addcmul(x * cos.unsqueeze(1), swapped, sin.unsqueeze(1)).to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each head by its token's angles: x * cos + rotate_half(x) * sin, computed in the wider dtype.
+    """Rotate the pairs (i, i + D/2) of each head by its token's angles, computed in the wider dtype.
 
-    Shapes: x [T, H, D], cos and sin [T, D] with both halves alike -> [T, H, D], same dtype as x.
-    Source: arXiv:2104.09864, with the pairs (i, i + D/2).
+    Shapes: x [T, H, D], cos and sin [T, D] from rotary_tables -> [T, H, D], same dtype as x.
+    Source: arXiv:2104.09864.
     """
     return rotate_reference(x, cos, sin)

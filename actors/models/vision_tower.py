@@ -14,7 +14,7 @@ from vlmrt.actors.models.config import VisionConfig
 from vlmrt.actors.models.layers import Linear, Norm, Target, parameter
 from vlmrt.actors.models.vision_grid import GridThw, frame_lengths, patch_positions, prefix_sums, window_layout
 from vlmrt.kernels.rms_norm import rms_norm
-from vlmrt.kernels.rotary import rotate
+from vlmrt.kernels.rotary import rotary_tables, rotate
 from vlmrt.kernels.vision_attention import vision_attention
 
 NORM_EPS = 1e-6
@@ -148,9 +148,9 @@ class VisionTower(nn.Module):
             windows = _segments(lengths, device)
             restore = to_device(np.argsort(order), device)
         angles = (to_device(positions, device).float()[:, :, None] * self.inverse_frequency).flatten(1)
-        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = rotary_tables(angles)
         frames = _segments(frame_lengths(grid_thw), device)
-        return VisionState(hidden, angles.cos(), angles.sin(), frames, windows, restore)
+        return VisionState(hidden, cos, sin, frames, windows, restore)
 
     def run_layers(self, state: VisionState, first: int, last: int) -> VisionState:
         """Run the layers [first, last) on a state, in place; returns the same state.

@@ -17,6 +17,7 @@ from vlmrt.actors.models.layers import (
 from vlmrt.kernels.paged_attention import PagedBatch, paged_attention
 from vlmrt.kernels.rms_norm import add_rms_norm, rms_norm
 from vlmrt.kernels.rope_and_cache import rope_and_cache
+from vlmrt.kernels.rotary import rotary_tables
 from vlmrt.kernels.silu_and_mul import silu_and_mul
 
 
@@ -95,10 +96,9 @@ class LanguageModel(nn.Module):
         return self.embed_tokens(token_ids)  # type: ignore[no-any-return]
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of each token's angles: int64 [3, T] -> two float32 [T, head_dim], both halves alike."""
+        """Tables of each token's angles for rope_and_cache: int64 [3, T] -> cos, sin float32 [T, head_dim]."""
         angles = positions.T.float()[:, self.component_of_pair] * self.inverse_frequency
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos(), angles.sin()
+        return rotary_tables(angles)
 
     def forward(
         self, hidden: Tensor, cos: Tensor, sin: Tensor, kv: Sequence[tuple[Tensor, Tensor]], batch: PagedBatch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +49,6 @@ def load(directory: Path) -> Models:
 
 
 @pytest.fixture(scope="session", params=PRESETS)
-def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
+def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Models:
     directory = make_checkpoint(tmp_path_factory.mktemp("checkpoint"), request.param)
-    yield load(directory)
+    return load(directory)

@@ -25,7 +25,7 @@ def prompt(models: Models, grids: list[tuple[int, int, int]], seed: int) -> tupl
     rng = np.random.default_rng(seed)
 
     def text() -> list[int]:
-        return rng.integers(0, 900, rng.integers(1, 9)).tolist()
+        return [int(token) for token in rng.integers(0, 900, rng.integers(1, 9))]
 
     token_ids, spans = text(), []
     for grid_thw in grids:
