@@ -268,29 +268,31 @@ class Supervisor:
         self._failures[group] = failure
         watchers: list[asyncio.Task[None]] = []
         limit = asyncio.create_task(self._limit_start(members, failure))
+        asked_to_end = False
         try:
             for member in members:
                 self._spawn(member, epoch)
                 watchers.append(asyncio.create_task(self._watch(member, failure)))
             reason = await failure
+            asked_to_end = self._stop.is_set()
         except OSError as error:
             reason = f"{group} cannot be spawned: {error}"
         finally:
             limit.cancel()
-            await self._reap(members, watchers)
+            await self._reap(members, watchers, kill=not asked_to_end)
         for member in members:
             self._take_down(member, reason)
         self._refresh_readiness()
         return reason
 
-    async def _reap(self, members: list[Process], watchers: list[asyncio.Task[None]]) -> None:
-        """Wait for every process of the group; kill them first, unless the service is ending and they were told so."""
-        if not self._stop.is_set():
+    async def _reap(self, members: list[Process], watchers: list[asyncio.Task[None]], *, kill: bool) -> None:
+        """Wait for every process of the group; without `kill` they were told to end, and `_end` sees to it."""
+        if kill:
             for member in members:
                 if member.handle is not None:
                     member.handle.kill()
         if watchers:
-            _, stuck = await asyncio.wait(watchers, timeout=None if self._stop.is_set() else _REAP_S)
+            _, stuck = await asyncio.wait(watchers, timeout=_REAP_S if kill else None)
             for watcher in stuck:
                 watcher.cancel()
                 logger.error("a killed process of %s does not go away", members[0].spec.group)
@@ -465,6 +467,8 @@ class Supervisor:
             if not asked and member.handle is not None:
                 member.handle.kill()
         pending = {lives[member.spec.group] for member in members}
+        if not pending:
+            return
         now = asyncio.create_task(self._stop_now.wait())
         await _wait_all_or(pending, now, grace_s + _EXIT_MARGIN_S)
         now.cancel()

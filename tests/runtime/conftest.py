@@ -11,8 +11,8 @@ from tests.runtime.services import ROOT
 
 
 @pytest.fixture
-def run_root(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A short folder for run directories; nothing may be left in it."""
+def run_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A short folder for run directories; nothing may be left in it.  tmp_path is made first, elsewhere."""
     root = Path(tempfile.mkdtemp(prefix="vt", dir="/tmp"))
     monkeypatch.setattr(tempfile, "tempdir", str(root))
     monkeypatch.setenv("TMPDIR", str(root))

@@ -40,9 +40,7 @@ def fake_config(events: Path, *, port: int = 0, tp: int = 1, **supervision: Any)
 
 def fake_specs(config: Config, fakes: dict[ActorKind, str]) -> tuple[ActorSpec, ...]:
     """Only the kinds named, run by these classes of fake_actors.py."""
-    factories: dict[ActorKind, str] = {
-        kind: FAKES + "Recorder" for kind in ("edge", "media", "scheduler", "vit", "llm")
-    }
+    factories: dict[ActorKind, str] = dict.fromkeys(("edge", "media", "scheduler", "vit", "llm"), FAKES + "Recorder")
     factories.update({kind: FAKES + fake for kind, fake in fakes.items()})
     return tuple(spec for spec in actor_specs(config, factories=factories) if spec.kind in fakes)
 
@@ -118,6 +116,8 @@ async def service(config: Config, fakes: dict[ActorKind, str], events: Path) -> 
     """Started; stopped at the end if it still runs.  Nothing may be left of it."""
     running = Service(config, fakes, events)
     try:
+        while not running.supervisor._table.processes and not running.ended.done():
+            await asyncio.sleep(0)
         yield running
     finally:
         if not running.ended.done():

@@ -138,7 +138,7 @@ async def test_an_actor_that_is_never_ready_hits_the_start_deadline(tmp_path: Pa
     began = time.monotonic()
     async with service(config, {"vit": "NeverReady"}, tmp_path) as running:
         assert await asyncio.wait_for(running.ended, 30) == 1
-    assert 0.9 * 1.5 <= time.monotonic() - began
+    assert time.monotonic() - began >= 0.9 * 1.5
     ((_, message),) = running.observer.of("failed")
     assert "vit:0 not ready after 1.5 s" in message
     assert "start_timeout_s" in message
