@@ -1,0 +1,157 @@
+"""The media worker: answers, arena, and what happens when the scheduler goes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pytest
+
+from tests.actors.edge.encoded_images import save
+from tests.pictures import noise
+from tests.support import FakeContext, make_config, peer_down, peer_up
+from vlmrt.actors.media.actor import MediaActor
+from vlmrt.actors.media.image import decode_image
+from vlmrt.runtime.actor import ActorContext
+from vlmrt.runtime.config import MemoryOptions
+from vlmrt.runtime.messages import (
+    ActorName,
+    ArenaRef,
+    Decode,
+    DecodeFailed,
+    FreePixels,
+    MediaReady,
+    MmHash,
+    PixelsReady,
+    SchedulerReady,
+)
+from vlmrt.runtime.shared_memory import ArenaReader
+
+EDGE = ActorName("edge:0")
+SCHEDULER = ActorName("scheduler:0")
+TARGET = (84, 56)
+NUM_BYTES = 84 * 56 * 3
+
+
+class Worker:
+    def __init__(self, context: FakeContext, actor: MediaActor) -> None:
+        self.context = context
+        self.actor = actor
+
+    async def decode(self, name: str, data: bytes, size: tuple[int, int] = (80, 60)) -> None:
+        await self.actor.handle(Decode(MmHash(name), data, size, TARGET), EDGE)
+
+    async def ready(self) -> PixelsReady:
+        peer, message = await self.context.outbox.next()
+        assert peer == SCHEDULER
+        assert isinstance(message, PixelsReady), message
+        return message
+
+    async def failed(self) -> DecodeFailed:
+        peer, message = await self.context.outbox.next()
+        assert peer == SCHEDULER
+        assert isinstance(message, DecodeFailed), message
+        return message
+
+    @property
+    def used_bytes(self) -> float:
+        return self.context.metrics.snapshot().gauges.get("pixel_arena_bytes", 0.0)
+
+
+@pytest.fixture
+async def worker(tmp_path: Path) -> AsyncIterator[Worker]:
+    config = make_config(memory=MemoryOptions(pixel_arena_mib=1))
+    async with FakeContext("media:0", tmp_path, config) as context:
+        actor = MediaActor(cast(ActorContext, context), arena_wait_s=0.2)
+        assert await actor.start() == MediaReady(arena_bytes=1 << 20)
+        await actor.peer_up(peer_up(SCHEDULER, SchedulerReady()))
+        yield Worker(context, actor)
+        await actor.stop(0.0)
+
+
+PNG = save(noise(80, 60, 1), "PNG")
+
+
+async def test_pixels_lie_in_the_arena_until_they_are_freed(worker: Worker) -> None:
+    await worker.decode("a", PNG)
+    ready = await worker.ready()
+    assert ready.mm_hash == "a"
+    assert ready.shape == (1, 56, 84, 3)
+    pixels = ArenaReader(worker.context.open_memory).view(ready.pixels, ready.shape)
+    np.testing.assert_array_equal(pixels, decode_image(PNG, (80, 60), TARGET, 10**6))
+    assert worker.used_bytes >= NUM_BYTES
+    await worker.actor.handle(FreePixels((ready.pixels,)), SCHEDULER)
+    assert worker.used_bytes == 0
+    await worker.actor.handle(FreePixels((ready.pixels,)), SCHEDULER)  # twice is no harm
+    assert worker.used_bytes == 0
+
+
+async def test_a_broken_picture_fails_alone(worker: Worker) -> None:
+    await worker.decode("broken", PNG[:200])
+    failed = await worker.failed()
+    assert failed.error.status == 400
+    await worker.decode("whole", PNG)
+    assert (await worker.ready()).mm_hash == "whole"
+
+
+async def test_a_full_arena_waits_for_freed_pixels(worker: Worker) -> None:
+    refs: list[ArenaRef] = []
+    while worker.used_bytes + NUM_BYTES <= 1 << 20:
+        await worker.decode(f"{len(refs)}", PNG)
+        refs.append((await worker.ready()).pixels)
+    await worker.decode("next", PNG)
+    await asyncio.sleep(0.05)
+    assert not worker.context.outbox.sent
+    await worker.actor.handle(FreePixels((refs[3],)), SCHEDULER)
+    ready = await worker.ready()
+    assert ready.mm_hash == "next"
+    assert ready.pixels.offset == refs[3].offset
+
+
+async def test_an_arena_that_stays_full_is_an_error_to_try_again(worker: Worker) -> None:
+    while worker.used_bytes + NUM_BYTES <= 1 << 20:
+        await worker.decode("fill", PNG)
+        await worker.ready()
+    await worker.decode("next", PNG)
+    failed = await worker.failed()
+    assert (failed.error.status, failed.error.code) == (503, "media_worker_busy")
+
+
+async def test_a_picture_larger_than_the_arena_is_refused(worker: Worker) -> None:
+    await worker.actor.handle(Decode(MmHash("a"), PNG, (80, 60), (28 * 40, 28 * 40)), EDGE)
+    assert (await worker.failed()).error.code == "image_too_large"
+
+
+async def test_the_schedulers_end_empties_the_arena(worker: Worker) -> None:
+    await worker.decode("a", PNG)
+    await worker.ready()
+    await worker.actor.peer_down(peer_down(SCHEDULER))
+    assert worker.used_bytes == 0
+    await worker.decode("early", PNG)  # from an edge that heard of the next one first
+    await worker.actor.peer_up(peer_up(SCHEDULER, SchedulerReady(), epoch=2))
+    assert (await worker.ready()).mm_hash == "early"
+
+
+async def test_a_full_channel_delays_the_answer(worker: Worker) -> None:
+    worker.context.outbox.full.add(SCHEDULER)
+    await worker.decode("a", PNG)
+    await asyncio.sleep(0.1)
+    worker.context.outbox.full.clear()
+    assert (await worker.ready()).mm_hash == "a"
+
+
+async def test_many_pictures_at_once_are_all_answered(worker: Worker) -> None:
+    for index in range(40):
+        await worker.decode(f"{index}", PNG if index % 3 else PNG[: 100 + index])
+    names = set()
+    for _ in range(40):
+        _, message = await worker.context.outbox.next()
+        assert isinstance(message, PixelsReady | DecodeFailed)
+        names.add(message.mm_hash)
+        if isinstance(message, PixelsReady):
+            await worker.actor.handle(FreePixels((message.pixels,)), SCHEDULER)
+    assert len(names) == 40
+    assert worker.used_bytes == 0
