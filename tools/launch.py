@@ -52,7 +52,7 @@ def launch(arguments: argparse.Namespace) -> int:
     try:
         config, model = build_config(arguments)
         report = LaunchReport(config, model)
-        return asyncio.run(Supervisor(config, report).run())
+        return asyncio.run(Supervisor(config, report, num_gpus=num_cuda_devices()).run())
     except (StartupError, CheckpointError) as error:
         print(f"vlmrt: error: {error}", file=sys.stderr)
         return 1

@@ -1,0 +1,136 @@
+"""What `vlmrt launch` prints: stages and weight progress while it starts, one ready block, a line for each loss."""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from vlmrt.actors.models.config import ModelConfig
+from vlmrt.actors.models.registry import load_generation_defaults
+from vlmrt.runtime.config import Config
+from vlmrt.runtime.messages import ActorName, Capabilities, Epoch, LlmReady
+from vlmrt.tools import demo
+
+PICTURE = Path(__file__).parent / "red-circle.png"
+QUESTION = "What color is the circle?"
+
+
+class LaunchReport:
+    """An observer of the supervisor that writes for a person: bars on a terminal, plain lines in a pipe."""
+
+    def __init__(self, config: Config, model: ModelConfig) -> None:
+        self._config = config
+        self._model = model
+        self._num_kv_blocks = 0
+        self._was_ready = False
+        self._began_s = time.monotonic()
+        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._bars: Progress | None = None
+        self._tasks: dict[tuple[ActorName, str], TaskID] = {}
+        self._line(f"vlmrt: starting {config.model.served_names[0]} on {self._place()}")
+        if self._console.is_terminal:
+            columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn())
+            self._bars = Progress(*columns, console=self._console, transient=True)
+            self._bars.start()
+
+    def progress(self, actor: ActorName, stage: str, done: int, total: int) -> None:
+        if self._bars is not None:
+            key = (actor, stage)
+            if key not in self._tasks:
+                self._tasks[key] = self._bars.add_task(f"{actor} {stage}", total=total)
+            self._bars.update(self._tasks[key], completed=done, total=total)
+        elif done in (0, total):
+            self._line(f"  {actor}: {stage} {done}/{total}")
+
+    def actor_up(self, actor: ActorName, epoch: Epoch, capabilities: Capabilities) -> None:
+        if isinstance(capabilities, LlmReady):
+            self._num_kv_blocks = capabilities.num_blocks
+        self._line(f"  {actor} is up after {time.monotonic() - self._began_s:.1f} s")
+
+    def actor_down(self, actor: ActorName, epoch: Epoch, reason: str) -> None:
+        self._line(f"vlmrt: {actor} is down: {reason}")
+
+    def restarting(self, actor: ActorName, epoch: Epoch, delay_s: float) -> None:
+        self._began_s = time.monotonic()
+        self._line(f"vlmrt: {actor} restarts" + (f" in {delay_s:.1f} s" if delay_s else ""))
+
+    def ready(self, url: str, start_s: float) -> None:
+        self._stop_bars()
+        if self._was_ready:
+            self._line(f"vlmrt: ready again after {start_s:.1f} s")
+            return
+        self._was_ready = True
+        for line in self._ready_block(url, start_s):
+            self._line(line)
+
+    def stopping(self, reason: str) -> None:
+        self._stop_bars()
+        self._line(f"vlmrt: stopping: {reason}")
+
+    def failed(self, message: str) -> None:
+        self._stop_bars()
+        print(f"vlmrt: error: {message}", file=sys.stderr, flush=True)
+
+    def _line(self, text: str) -> None:
+        self._console.print(text, markup=False)
+        self._console.file.flush()
+
+    def _stop_bars(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+    def _place(self) -> str:
+        parallel = self._config.parallel
+        ranks = f"tp {parallel.tp}, {parallel.num_vits} ViT" + ("s" if parallel.num_vits > 1 else "")
+        return f"{parallel.device} in {parallel.dtype} ({ranks})"
+
+    def _ready_block(self, url: str, start_s: float) -> list[str]:
+        config = self._config
+        model, limits, server = config.model, config.scheduling, config.server
+        num_kv_tokens = self._num_kv_blocks * limits.block_size
+        fetching = ", ".join(server.allowed_media_domains) or "off"
+        block = [
+            "",
+            f"  vlmrt is ready at {url}  (after {start_s:.1f} s)",
+            f'  model      {model.served_names[0]} ({self._model.model_type}); the name "model" works too',
+            f"  device     {self._place()}",
+            f"  context    {model.max_model_len} tokens; KV cache {num_kv_tokens} tokens, "
+            f"prefix caching {'on' if limits.prefix_caching else 'off'}",
+            f"  limits     {limits.max_num_seqs} running, {limits.max_waiting} waiting, "
+            f"{server.limit_images} images per request, {server.max_body_mib} MiB per body",
+            f"  sampling   {self._sampling()}",
+            f"  pictures   data URLs; http(s) {fetching}; files {server.allowed_media_root or 'off'}",
+            "  API key    none: whoever reaches the address may use it",
+        ]
+        if num_kv_tokens < model.max_model_len:
+            block.append(
+                f"  note       the KV cache holds fewer tokens than the context: longer requests than {num_kv_tokens} "
+                "tokens are refused (--kv-cache-gib)"
+            )
+        if Path(model.directory) == demo.CHECKPOINT:
+            block.append(
+                "  note       this is the demo model: a toy that knows coloured shapes, counts and short texts on "
+                "pictures, and nothing else"
+            )
+        return [*block, "", "  Try it:", "", self._curl(url), ""]
+
+    def _sampling(self) -> str:
+        if self._config.model.generation_config == "none":
+            return "OpenAI's defaults (--generation-config none)"
+        defaults = load_generation_defaults(Path(self._config.model.directory))
+        fields = ("temperature", "top_p", "top_k", "repetition_penalty")
+        given = [f"{name} {getattr(defaults, name):g}" for name in fields if getattr(defaults, name) is not None]
+        return (", ".join(given) or "OpenAI's defaults") + (" from generation_config.json" if given else "")
+
+    def _curl(self, url: str) -> str:
+        picture = base64.b64encode(PICTURE.read_bytes()).decode()
+        image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}}
+        body = {"messages": [{"role": "user", "content": [image, {"type": "text", "text": QUESTION}]}]}
+        return f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{json.dumps(body)}'"
