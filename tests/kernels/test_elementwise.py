@@ -1,0 +1,92 @@
+"""Norms, gates, rotations and merges against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernels.exactness import DTYPES, assert_as_exact_as_eager, normal
+from vlmrt.kernels.embed_merge import embed_merge, embed_merge_reference
+from vlmrt.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from vlmrt.kernels.rope_and_cache import rope_and_cache
+from vlmrt.kernels.rotary import rotary_tables, rotate, rotate_reference
+from vlmrt.kernels.silu_and_mul import silu_and_mul, silu_and_mul_reference
+
+SHAPES = ((1, 8), (7, 33), (3, 1280))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rms_norm_is_as_exact_as_eager(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x, weight = normal(*shape, dtype=dtype), normal(shape[1], dtype=dtype, seed=1)
+    assert_as_exact_as_eager(lambda a, w: rms_norm(a, w, 1e-6), lambda a, w: rms_norm_reference(a, w, 1e-6), x, weight)
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+    torch.testing.assert_close(rms_norm(x, weight, 1e-6).double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_rms_norm_returns_the_norm_and_the_sum(dtype: torch.dtype) -> None:
+    x, residual, weight = (normal(5, 40, dtype=dtype, seed=seed) for seed in range(3))
+    normed, new_residual = add_rms_norm(x, residual, weight[0], 1e-6)
+    assert torch.equal(new_residual, x + residual)
+    assert_as_exact_as_eager(
+        lambda a, b, w: add_rms_norm(a, b, w, 1e-6)[0],
+        lambda a, b, w: add_rms_norm_reference(a, b, w, 1e-6)[0],
+        x,
+        residual,
+        weight[0],
+    )
+    assert torch.equal(normed, rms_norm(x + residual, weight[0], 1e-6))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 2), (7, 66), (3, 512)])
+def test_silu_and_mul_is_as_exact_as_eager(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    assert_as_exact_as_eager(silu_and_mul, silu_and_mul_reference, normal(*shape, dtype=dtype))
+
+
+def test_silu_and_mul_refuses_an_odd_width() -> None:
+    with pytest.raises(ValueError, match="3 columns"):
+        silu_and_mul(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotate_is_as_exact_as_eager_and_turns_pairs(dtype: torch.dtype) -> None:
+    x, angles = normal(5, 3, 32, dtype=dtype), normal(5, 16).mul(10)
+    cos, sin = rotary_tables(angles)
+    assert_as_exact_as_eager(rotate, rotate_reference, x, cos, sin)
+    pairs = torch.complex(x.double()[..., :16], x.double()[..., 16:])
+    turned = pairs * torch.polar(torch.ones(5, 1, 16).double(), angles.double()[:, None])
+    exact = torch.cat((turned.real, turned.imag), dim=-1)
+    torch.testing.assert_close(rotate(x, cos, sin).double(), exact, rtol=0, atol=4 * torch.finfo(dtype).eps * 5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("skipped", [(), (0, 3), (0, 1, 2, 3, 4)])
+def test_rope_and_cache_writes_its_slots_and_no_others(dtype: torch.dtype, skipped: tuple[int, ...]) -> None:
+    q, k, v = normal(5, 4, 32, dtype=dtype), normal(5, 2, 32, dtype=dtype), normal(5, 2, 32, dtype=dtype, seed=9)
+    cos, sin = rotary_tables(normal(5, 16))
+    slots = torch.tensor([17, 0, 5, 11, 30])
+    slots[list(skipped)] = -1
+    k_cache, v_cache = (torch.full((4, 8, 2, 32), 7.0, dtype=dtype) for _ in range(2))
+    rotated = rope_and_cache(q, k, v, cos, sin, k_cache, v_cache, slots)
+    assert torch.equal(rotated, rotate(q, cos, sin))
+    expected_k, expected_v = (torch.full((32, 2, 32), 7.0, dtype=dtype) for _ in range(2))
+    kept = slots >= 0
+    expected_k[slots[kept]] = rotate(k, cos, sin)[kept]
+    expected_v[slots[kept]] = v[kept]
+    assert torch.equal(k_cache.view(32, 2, 32), expected_k)
+    assert torch.equal(v_cache.view(32, 2, 32), expected_v)
+
+
+def test_embed_merge_overwrites_placeholders_in_place() -> None:
+    hidden, rows, positions = normal(6, 8), normal(2, 8).double(), torch.tensor([4, 1])
+    expected = embed_merge_reference(hidden, rows, positions)
+    embed_merge(hidden, rows, positions)
+    assert torch.equal(hidden, expected)
+    assert torch.equal(hidden[4], rows[0].float())
+
+
+def test_embed_merge_refuses_rows_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"expected \[2, 8\]"):
+        embed_merge(torch.zeros(6, 8), torch.zeros(3, 8), torch.tensor([4, 1]))

@@ -1,0 +1,142 @@
+"""Draws: their distribution, their filters and what they depend on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import scipy.stats
+import torch
+from torch import Tensor
+
+from tests.kernels.exactness import normal
+from vlmrt.kernels.sampling import SamplingBatch, gumbel_noise, mix, sample
+
+FIELDS: dict[str, tuple[float, torch.dtype]] = {
+    "temperature": (1.0, torch.float32),
+    "top_p": (1.0, torch.float32),
+    "top_k": (0, torch.int64),
+    "min_p": (0.0, torch.float32),
+    "repetition_penalty": (1.0, torch.float32),
+    "frequency_penalty": (0.0, torch.float32),
+    "presence_penalty": (0.0, torch.float32),
+}
+
+
+def batch(rows: int, **fields: Any) -> SamplingBatch:
+    """A batch in which a field is a number for all rows, or a list of one for each."""
+    tensors = {}
+    for name, (default, dtype) in FIELDS.items():
+        value = fields.pop(name, default)
+        tensors[name] = torch.tensor(value if isinstance(value, list) else [value] * rows, dtype=dtype)
+    fields.setdefault("seeds", torch.arange(rows))
+    fields.setdefault("positions", torch.zeros(rows, dtype=torch.int64))
+    return SamplingBatch(
+        **tensors,
+        **{"prompt_mask": None, "output_counts": None, "all_greedy": False} | fields,
+    )
+
+
+def draws(logits: Tensor, count: int, **fields: Any) -> Tensor:
+    """Tokens drawn from one row of logits at output positions 0 .. count - 1 of one seed."""
+    positions = torch.arange(count)
+    seeds = torch.full((count,), 1234)
+    return sample(logits.expand(count, -1), batch(count, seeds=seeds, positions=positions, **fields))
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
+def test_draws_follow_the_softmax_of_the_logits(temperature: float) -> None:
+    logits = normal(40).mul(1.5)
+    count = 40_000
+    observed = draws(logits, count, temperature=temperature).bincount(minlength=40)
+    expected = (logits.double() / temperature).softmax(-1) * count
+    assert scipy.stats.chisquare(observed.numpy(), expected.numpy()).pvalue > 0.01
+
+
+def test_draws_of_different_seeds_at_one_position_follow_the_softmax_too() -> None:
+    logits = normal(40)
+    count = 40_000
+    tokens = sample(logits.expand(count, -1), batch(count, seeds=torch.arange(count) - count // 2))
+    expected = logits.double().softmax(-1) * count
+    assert scipy.stats.chisquare(tokens.bincount(minlength=40).numpy(), expected.numpy()).pvalue > 0.01
+
+
+def test_a_draw_depends_on_seed_and_position_and_not_on_its_batch() -> None:
+    logits = normal(64, 300)
+    seeds, positions = torch.arange(64) * 7919, torch.arange(64) % 5
+    together = sample(logits, batch(64, seeds=seeds, positions=positions, top_p=0.9))
+    for row in (0, 13, 63):
+        alone = batch(1, seeds=seeds[row : row + 1], positions=positions[row : row + 1], top_p=0.9)
+        assert sample(logits[row : row + 1], alone) == together[row]
+    assert len(draws(normal(300), 64).unique()) > 20
+
+
+def test_noise_is_the_same_integers_everywhere() -> None:
+    # SplitMix64's own published sequence from state 0
+    state = torch.tensor([1, 2, 3]) * -0x61C8864680B583EB
+    assert [value % 2**64 for value in mix(state).tolist()] == [
+        0xE220A8397B1DCDAF,
+        0x6E789E6AA1B965F4,
+        0x06C45D188009454F,
+    ]
+    noise = gumbel_noise(torch.tensor([0, 2**62]), torch.tensor([0, 5]), 50_000)
+    assert noise.isfinite().all()
+    assert noise.double().mean() == pytest.approx(0.5772, abs=0.02)
+    assert noise.double().var() == pytest.approx(1.6449, abs=0.05)
+
+
+def test_temperature_zero_takes_the_best_token_and_the_first_of_equals() -> None:
+    logits = torch.tensor([[1.0, 3.0, 3.0, 0.0], [0.0, 0.0, 0.0, 0.0], [0.0, 1.0, 2.0, 1.0]])
+    assert sample(logits, batch(3, temperature=0.0, all_greedy=True)).tolist() == [1, 0, 2]
+    mixed = batch(3, temperature=[0.0, 0.0, 1.0], top_k=[0, 0, 1])
+    assert sample(logits, mixed).tolist() == [1, 0, 2]
+
+
+def kept(logits: Tensor, **fields: Any) -> set[int]:
+    return set(draws(logits, 3000, **fields).tolist())
+
+
+def test_filters_keep_what_they_promise() -> None:
+    logits = torch.tensor([0.5, 0.25, 0.125, 0.0625, 0.0625]).log()
+    assert kept(logits) == {0, 1, 2, 3, 4}
+    assert kept(logits, top_k=2) == {0, 1}
+    assert kept(logits, top_k=4) == {0, 1, 2, 3, 4}  # equals of the last one stay
+    assert kept(logits, top_k=99) == {0, 1, 2, 3, 4}
+    assert kept(logits, top_p=0.7) == {0, 1}
+    assert kept(logits, top_p=0.8) == {0, 1, 2}
+    assert kept(logits, top_p=1e-6) == {0}
+    assert kept(logits, min_p=0.2) == {0, 1, 2}
+    assert kept(logits, min_p=1.0) == {0}
+    assert kept(logits, top_k=3, top_p=0.8, min_p=0.3) == {0, 1}  # 0.5 and 0.25 of 0.875 reach 0.8
+    assert kept(logits, temperature=0.5, top_p=0.9) == {0, 1}  # top-p sees the sharpened 16:4:1
+
+
+def test_a_filter_of_one_row_does_not_touch_another() -> None:
+    logits = normal(20).expand(2000, -1)
+    fields = {"seeds": torch.arange(2000), "positions": torch.zeros(2000, dtype=torch.int64)}
+    plain = sample(logits, batch(2000, **fields))
+    half = sample(logits, batch(2000, top_k=[1, 0] * 1000, **fields))
+    assert torch.equal(half[1::2], plain[1::2])
+    assert (half[::2] == logits[0].argmax()).all()
+
+
+def test_steps_that_no_row_needs_can_be_skipped() -> None:
+    logits = normal(50, 30)
+    skipped = {"any_top_k": False, "any_top_p": False, "any_min_p": False}
+    assert torch.equal(sample(logits, batch(50)), sample(logits, batch(50, **skipped)))
+
+
+def test_penalties_are_applied_in_order_to_prompt_and_output() -> None:
+    logits = torch.tensor([[2.0, -2.0, 2.0, 2.1, 0.0]])
+    penalised = {
+        "prompt_mask": torch.tensor([[True, True, False, False, False]]),
+        "output_counts": torch.tensor([[0, 0, 3, 1, 0]], dtype=torch.int32),
+        "temperature": 0.0,
+        "all_greedy": True,
+    }
+    assert sample(logits, batch(1, **penalised)).item() == 3
+    assert sample(logits, batch(1, **penalised, frequency_penalty=0.2)).item() == 0
+    assert sample(logits, batch(1, **penalised, presence_penalty=0.2)).item() == 0
+    assert sample(logits, batch(1, **penalised, repetition_penalty=1e6)).item() == 3
+    # 2 / 4 = 0.5, -2 * 4 = -8, 2 / 4 - 3 * 0.5 = -1, 2.1 / 4 - 0.5 = 0.025, 0
+    assert sample(logits, batch(1, **penalised, repetition_penalty=4.0, frequency_penalty=0.5)).item() == 0
