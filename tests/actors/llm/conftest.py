@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.actors.llm.driver import PAGE_ROWS, FakeSlab, Request, media_item
+from tests.actors.llm.driver import Request, RowPages, media_item
 from tests.reference import Reference
 from vlmrt.actors.models.checkpoint_files import check_weight_files
 from vlmrt.actors.models.config import ModelConfig
@@ -42,7 +42,7 @@ class Checkpoint:
         seed: int,
         num_text_tokens: int,
         grids: Sequence[tuple[int, int, int]] = (),
-        slab: FakeSlab | None = None,
+        slab: RowPages | None = None,
         sampling: Sampling = GREEDY,
     ) -> tuple[Request, dict[str, Tensor]]:
         """A random prompt with images spread over it, their rows in shuffled pages; and the reference's inputs."""
@@ -69,12 +69,12 @@ class Checkpoint:
             token_ids += [self.config.image_token_id] * item.num_tokens + [self.config.vision_end_token_id]
             token_ids += pieces[index + 1].tolist()
             media.append(item)
-            num_pages = -(-item.num_tokens // PAGE_ROWS)
             assert slab is not None
+            num_pages = -(-item.num_tokens // slab.page_rows)
             pages[index] = tuple(slab.free_pages.pop() for _ in range(num_pages))
             for number in range(item.num_tokens):
-                page = pages[index][number // PAGE_ROWS]
-                slab.tensor()[page * PAGE_ROWS + number % PAGE_ROWS] = rows[number]
+                page = pages[index][number // slab.page_rows]
+                slab.tensor()[page * slab.page_rows + number % slab.page_rows] = rows[number]
             rows = rows[item.num_tokens :]
         inputs["input_ids"] = torch.tensor([token_ids])
         return Request(token_ids, tuple(media), pages, sampling), inputs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from vlmrt.runtime.messages import (
     ActorName,
     EmbedSlice,
     Epoch,
+    HostSlabExport,
     MediaItem,
     MmHash,
     NewSequence,
@@ -29,6 +31,7 @@ from vlmrt.runtime.messages import (
     StepResult,
     StepRow,
 )
+from vlmrt.runtime.slab import SlabDtype
 
 VIT = ActorName("vit:0")
 VIT_EPOCH = Epoch(3)
@@ -40,6 +43,15 @@ MAX_MODEL_LEN = 300
 GREEDY = Sampling(temperature=0.0)
 
 
+class RowPages(Protocol):
+    """Where a prompt of these tests puts its image rows: pages are taken from the end of free_pages."""
+
+    page_rows: int
+    free_pages: list[int]
+
+    def tensor(self) -> Tensor: ...
+
+
 class FakeSlab:
     """An EmbeddingSlab in plain memory."""
 
@@ -47,12 +59,16 @@ class FakeSlab:
         self.num_pages = num_pages
         self.page_rows = page_rows
         self.width = width
+        self.dtype: SlabDtype = "float32"
         self.closed = False
         self.free_pages = random.Random(0).sample(range(num_pages), num_pages)
         self._rows = torch.full((num_pages * page_rows, width), float("nan"))
 
     def tensor(self) -> Tensor:
         return self._rows
+
+    def export(self) -> HostSlabExport:
+        return HostSlabExport("fake", self.num_pages, self.page_rows, self.width, self.dtype)
 
     def close(self) -> None:
         self.closed = True
@@ -144,7 +160,7 @@ class Driver:
         step_rows = []
         for request, num_tokens in rows:
             start, stop = request.num_computed, request.num_computed + num_tokens
-            new_blocks = []
+            new_blocks: list[int] = []
             while (len(request.blocks) + len(new_blocks)) * BLOCK_SIZE < stop:
                 new_blocks.append(self.free_blocks.pop())
             request.blocks += new_blocks

@@ -1,0 +1,100 @@
+"""One rank in a process of its own: `python -m tests.actors.llm.rank_process CHECKPOINT RUN_DIR TP RANK`.
+
+Prints the tokens of every step of two schedulers; the first dies when only the last rank has got its last plan.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+from tests.support import FakeContext, make_config, peer_down, peer_up
+from vlmrt.actors.llm.actor import LlmActor
+from vlmrt.runtime.actor import ActorContext
+from vlmrt.runtime.config import MemoryOptions, ParallelOptions, SchedulingOptions, SupervisionOptions
+from vlmrt.runtime.messages import (
+    ActorName,
+    NewSequence,
+    RequestId,
+    Sampling,
+    SchedulerReady,
+    StepPlan,
+    StepResult,
+    StepRow,
+)
+
+SCHEDULER = ActorName("scheduler:0")
+NUM_STEPS = 8
+LENGTHS = (13, 6)
+
+
+def plans(first_id: int, num_steps: int) -> Iterator[StepPlan]:
+    """Two sequences, one greedy and one drawn, prefilled together in chunks and decoded ahead of their tokens."""
+    admit = tuple(
+        NewSequence(
+            slot,
+            RequestId(f"r{slot}"),
+            tuple(range(first_id, first_id + length)),
+            length,
+            (),
+            0,
+            Sampling(temperature=float(slot), seed=slot),
+            tuple(range(10 * slot, 10 * slot + 10)),
+        )
+        for slot, length in enumerate(LENGTHS)
+    )
+    yield StepPlan(1, (), admit, (StepRow(0, 0, 5, (), False), StepRow(1, 0, LENGTHS[1], (), True)))
+    yield StepPlan(2, (), (), (StepRow(1, LENGTHS[1], 1, (), True), StepRow(0, 5, LENGTHS[0] - 5, (), True)))
+    for step in range(3, num_steps + 1):
+        rows = (
+            StepRow(0, LENGTHS[0] + step - 3, 1, (), True),
+            StepRow(1, LENGTHS[1] + step - 2, 1, (), True),
+        )
+        yield StepPlan(step, (), (), rows)
+
+
+async def run(checkpoint: str, run_dir: Path, tp: int, rank: int) -> list[tuple[int, ...]]:
+    config = make_config(
+        checkpoint,
+        memory=MemoryOptions(num_kv_blocks=40 + rank),
+        parallel=ParallelOptions(tp=tp),
+        scheduling=SchedulingOptions(max_num_seqs=4, block_size=4),
+        supervision=SupervisionOptions(step_timeout_s=60.0),
+    )
+    async with FakeContext(f"llm:{rank}", run_dir, config) as context:
+        actor = LlmActor(cast(ActorContext, context))
+        ready = await actor.start()
+        assert ready.num_blocks == 40
+        await actor.peer_up(peer_up("scheduler:0", SchedulerReady(), epoch=1))
+        planned = list(plans(100, NUM_STEPS + 1))
+        for plan in planned[:NUM_STEPS]:
+            await actor.handle(plan, SCHEDULER)
+        await until_run(context, NUM_STEPS)
+        if rank == tp - 1 and tp > 1:
+            await actor.handle(planned[NUM_STEPS], SCHEDULER)
+        await actor.peer_down(peer_down("scheduler:0", epoch=1))
+        await actor.peer_up(peer_up("scheduler:0", SchedulerReady(), epoch=2))
+        for plan in plans(300, NUM_STEPS):
+            await actor.handle(plan, SCHEDULER)
+        await until_run(context, 2 * NUM_STEPS)
+        await actor.stop(30.0)
+        results = [sent.message for sent in context.outbox.take()]
+    return [result.token_ids for result in results if isinstance(result, StepResult)]
+
+
+async def until_run(context: FakeContext, num_steps: int) -> None:
+    async with asyncio.timeout(60.0):
+        while True:
+            steps = context.metrics.snapshot().histograms.get("step_seconds")
+            if steps is not None and sum(steps.counts) == num_steps:
+                return
+            await asyncio.sleep(0.01)
+
+
+if __name__ == "__main__":
+    checkpoint, run_dir, tp, rank = sys.argv[1:]
+    print(json.dumps(asyncio.run(run(checkpoint, Path(run_dir), int(tp), int(rank)))))
