@@ -11,7 +11,7 @@ from concurrent.futures import Executor
 from contextlib import contextmanager
 
 from aiohttp import web
-from msgspec import Struct
+from msgspec import UNSET, Struct
 
 from vlmrt.actors.edge.body import read_json_body
 from vlmrt.actors.edge.detokenizer import Detokenizer, Vocabulary
@@ -59,6 +59,7 @@ class Prepared(Struct, frozen=True):
     stops: tuple[str, ...]
     stream: bool
     usage_style: UsageStyle
+    return_token_ids: bool
     headers: dict[str, str]
 
 
@@ -107,6 +108,7 @@ class ChatEndpoint:
             stops=chat.stops,
             stream=bool(chat.stream),
             usage_style=_usage_style(chat),
+            return_token_ids=bool(chat.return_token_ids),
             headers=headers,
         )
 
@@ -161,14 +163,23 @@ class ChatEndpoint:
 
     async def _whole(self, prepared: Prepared, open_request: OpenRequest, answer: Answer) -> web.Response:
         texts = []
+        token_ids: list[int] = []
         while answer.finish_reason is None:
-            texts.append(answer.take(await open_request.outputs()))
+            outputs = await open_request.outputs()
+            token_ids += [token_id for output in outputs for token_id in output.token_ids]
+            texts.append(answer.take(outputs))
+        message = AnswerMessage("".join(texts))
         completion = ChatCompletion(
             id=open_request.request_id,
             created=answer.created,
             model=self._served_names[0],
-            choices=(Choice(AnswerMessage("".join(texts)), answer.finish_reason),),
+            choices=(
+                Choice(
+                    message, answer.finish_reason, token_ids=tuple(token_ids) if prepared.return_token_ids else UNSET
+                ),
+            ),
             usage=answer.usage,
+            prompt_token_ids=prepared.submit.prompt_token_ids if prepared.return_token_ids else UNSET,
         )
         headers = {**prepared.headers, **answer.headers()}
         return web.Response(body=encode_json(completion), content_type="application/json", headers=headers)

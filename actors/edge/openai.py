@@ -85,6 +85,7 @@ class ChatRequest(Struct, frozen=True, kw_only=True):
     logit_bias: dict[str, float] | None = None
     cache_salt: str | None = None
     priority: Int32 | None = None
+    return_token_ids: bool | None = None  # the answer names its prompt_token_ids and token_ids
     # accepted and without effect
     user: Any = None
     metadata: Any = None
@@ -213,6 +214,12 @@ def _check_unsupported(request: ChatRequest) -> None:
     _refuse(any(kind != "text" for kind in request.modalities or ()), "modalities", " may hold text only", code)
     kind = (request.response_format or {"type": "text"}).get("type")
     _refuse(kind != "text", "response_format.type", f" = {_short(kind)} is not supported (supported: text)", code)
+    _refuse(
+        bool(request.return_token_ids and request.stream),
+        "return_token_ids",
+        " is supported only where stream is false",
+        code,
+    )
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options is allowed only where stream is true", param="stream_options")
 

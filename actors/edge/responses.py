@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 from vlmrt.runtime.errors import RequestError, error_type
 from vlmrt.runtime.messages import FinishReason, Usage
@@ -40,6 +40,7 @@ class Choice(Struct, frozen=True):
     finish_reason: FinishReason
     index: int = 0
     logprobs: None = None
+    token_ids: tuple[int, ...] | UnsetType = UNSET  # with return_token_ids; the end token included
 
 
 class ChatCompletion(Struct, frozen=True):
@@ -49,6 +50,7 @@ class ChatCompletion(Struct, frozen=True):
     choices: tuple[Choice, ...]
     usage: ChatUsage
     object: Literal["chat.completion"] = "chat.completion"
+    prompt_token_ids: tuple[int, ...] | UnsetType = UNSET  # with return_token_ids; image placeholders expanded
 
 
 class ErrorDetail(Struct, frozen=True):
