@@ -61,6 +61,7 @@ class Job:
     is_cancelled: bool = False
     num_media_losses: int = 0
     num_vit_losses: int = 0
+    num_encode_failures: int = 0
 
     @property
     def num_patches(self) -> int:
@@ -236,15 +237,16 @@ class MediaWork:
         return tuple(self.embeds.readers.get(job.mm_hash, ()))
 
     def on_encode_failed(self, sender: ActorName, encode_id: int, error: WireError) -> None:
+        """A 4xx is the image's fault and final; anything else is tried once more."""
         job = self._answered(sender, encode_id)
         if job is None:
             return
         self.embeds.remove(self.embeds.entries[job.mm_hash])
         if job.is_cancelled and error.code == "cancelled":
             self._encode_anew(job)
-        elif job.pixels is None and job.num_media_losses == 0:  # its arena vanished under the ViT
-            job.num_media_losses += 1
-            self._encode_anew(job)
+        elif error.status >= 500 and job.num_encode_failures == 0 and job.mm_hash in self.embeds.readers:
+            job.num_encode_failures += 1  # its arena may have vanished under the ViT: begin with fresh pixels
+            self._ask_anew(job)
         else:
             self._fail(job, error)
 
@@ -261,11 +263,10 @@ class MediaWork:
         if job.mm_hash not in self.embeds.readers:
             self._end_job(job)
             return
-        job.is_cancelled, job.vit, job.encode_id = False, None, -1
         if job.pixels is None:
             self._ask_anew(job)
         else:
-            job.stage = Stage.DECODED
+            job.stage, job.is_cancelled, job.vit, job.encode_id = Stage.DECODED, False, None, -1
             self.decoded[job.mm_hash] = job
 
     def _begin_again(self, entry: Entry) -> None:
@@ -284,6 +285,7 @@ class MediaWork:
             if job.pixels is not None:
                 self._send(worker.name, FreePixels((job.pixels,)))
         job.stage, job.asked, job.worker, job.num_bytes, job.pixels = Stage.NEEDED, None, None, 0, None
+        job.is_cancelled, job.vit, job.encode_id = False, None, -1
         self.decoding.pop(job.mm_hash, None)
         self.decoded.pop(job.mm_hash, None)
         self.retry_at_s.pop(job.mm_hash, None)

@@ -52,10 +52,8 @@ class Draft:
 
     budget: int  # tokens left
     admit: list[NewSequence] = field(default_factory=list)
-    decodes: list[StepRow] = field(default_factory=list)
-    prefills: list[StepRow] = field(default_factory=list)
-    decode_rows: list[PlannedRow] = field(default_factory=list)
-    prefill_rows: list[PlannedRow] = field(default_factory=list)
+    decodes: list[tuple[StepRow, PlannedRow]] = field(default_factory=list)
+    prefills: list[tuple[StepRow, PlannedRow]] = field(default_factory=list)
     planned: set[Request] = field(default_factory=set)  # those with a prefill row
     entries: dict[int, Entry] = field(default_factory=dict)  # embeddings it reads, by id()
     has_preempted: bool = False
@@ -68,6 +66,14 @@ class Step:
     plan: StepPlan
     rows: list[PlannedRow]
     entries: list[Entry]
+
+
+def _row_order(pair: tuple[StepRow, PlannedRow]) -> int:
+    """Rows that are like a decode row come first, single tokens that are not come last."""
+    row = pair[0]
+    if row.num_tokens > 1:
+        return 1
+    return 0 if row.sample and not row.embeds else 2
 
 
 class Slots:
@@ -157,9 +163,10 @@ class Planner:
         if not draft.decodes and not draft.prefills:
             return None  # slots to release wait for a plan with rows
         release, self.slots.to_release = tuple(self.slots.to_release), []
-        rows = (*draft.decodes, *draft.prefills)
-        plan = StepPlan(step, release, tuple(draft.admit), rows)
-        return Step(plan, draft.decode_rows + draft.prefill_rows, list(draft.entries.values()))
+        draft.prefills.sort(key=_row_order)
+        pairs = draft.decodes + draft.prefills
+        plan = StepPlan(step, release, tuple(draft.admit), tuple([row for row, _ in pairs]))
+        return Step(plan, [planned for _, planned in pairs], list(draft.entries.values()))
 
     def _plan_decodes(self, draft: Draft) -> None:
         block_size = self.limits.block_size
@@ -179,8 +186,8 @@ class Planner:
             request.num_planned_tokens = start + 1
             request.num_pending_samples += 1
             draft.budget -= 1
-            draft.decodes.append(StepRow(request.slot, start, 1, new_block_ids, True))
-            draft.decode_rows.append(PlannedRow(request, request.run, 1, True))
+            row = StepRow(request.slot, start, 1, new_block_ids, True)
+            draft.decodes.append((row, PlannedRow(request, request.run, 1, True)))
 
     def _allocate_or_preempt(self, request: Request, draft: Draft) -> list[int] | None:
         """One block, at the cost of the youngest; None if that is the request itself.
@@ -236,15 +243,15 @@ class Planner:
         request.num_pending_samples += sample
         draft.budget -= end - start
         draft.planned.add(request)
-        draft.prefills.append(StepRow(request.slot, start, end - start, tuple(new_block_ids), sample, embeds))
-        draft.prefill_rows.append(PlannedRow(request, request.run, end - start, sample))
+        row = StepRow(request.slot, start, end - start, tuple(new_block_ids), sample, embeds)
+        draft.prefills.append((row, PlannedRow(request, request.run, end - start, sample)))
 
     def _make_room(self, request: Request, draft: Draft, num_blocks: int) -> None:
         """Preempt younger requests that have no row in this plan, youngest first."""
         for other in list(reversed(self.running)):
             if other.key <= request.key or self.kv.pool.num_free >= num_blocks:
                 return
-            has_row = other in draft.planned or any(row.request is other for row in draft.decode_rows)
+            has_row = other in draft.planned or any(row.request is other for _, row in draft.decodes)
             if not has_row and not other.is_fully_planned:
                 draft.has_preempted = True
                 self.preempt(other)
@@ -327,16 +334,19 @@ class Planner:
         Requests that wait for media give way: younger ones always, older ones once in their life.
         """
         num_blocks = self._num_blocks(len(request.token_ids)) - num_known_blocks
-        if self.slots.free and self._num_unclaimed_blocks() >= num_blocks:
+        num_spare = self._num_unclaimed_blocks(self.running)
+        if self.slots.free and num_spare >= num_blocks:
             return True
         idle = [r for r in self.running if (r.key > request.key or not r.num_yields) and self._is_idle(r, draft)]
-        if not idle or self._num_unclaimed_blocks() + sum(len(r.block_ids) for r in idle) < num_blocks:
+        staying = [r for r in self.running if r not in idle]
+        if not idle or self._num_unclaimed_blocks(staying) + sum(len(r.block_ids) for r in idle) < num_blocks:
             return False
-        while idle and not (self.slots.free and self._num_unclaimed_blocks() >= num_blocks):
+        while idle and not (self.slots.free and num_spare >= num_blocks):
             victim = idle.pop()
             victim.num_yields += victim.key < request.key
             self.preempt(victim)
-        return bool(self.slots.free) and self._num_unclaimed_blocks() >= num_blocks
+            num_spare = self._num_unclaimed_blocks(self.running)
+        return bool(self.slots.free) and num_spare >= num_blocks
 
     def _is_idle(self, request: Request, draft: Draft) -> bool:
         """Running in name only: it waits for media."""
@@ -348,10 +358,10 @@ class Planner:
             and self._runnable_end(request, start, start + 1) <= start
         )
 
-    def _num_unclaimed_blocks(self) -> int:
-        """Free blocks that no running prefill will need, less one per running request to grow into."""
+    def _num_unclaimed_blocks(self, running: list[Request]) -> int:
+        """Free blocks that none of these will need to finish its prefill, less one for each of the others to grow."""
         num_claimed = 0
-        for request in self.running:
+        for request in running:
             num_claimed += max(1, self._num_blocks(len(request.token_ids)) - len(request.block_ids))
         return self.kv.pool.num_free - num_claimed
 

@@ -1,0 +1,160 @@
+"""What is always true of the scheduler's books: every block, slot, page, loan, reader and pixel is accounted for."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from vlmrt.actors.scheduler.media_work import Stage
+from vlmrt.actors.scheduler.request import Request, Status
+from vlmrt.actors.scheduler.state import State
+
+
+def check_invariants(state: State) -> None:
+    """Raise AssertionError unless all books agree with each other."""
+    _check_queues(state)
+    _check_blocks(state)
+    for request in state.planner.running:
+        _check_running(state, request)
+    _check_readers(state)
+    _check_jobs(state)
+    _check_slabs(state)
+
+
+def check_nothing_is_held(state: State) -> None:
+    """With no request left everything is free or cached."""
+    check_invariants(state)
+    assert not state.requests
+    pool = state.planner.kv.pool
+    assert pool.num_free == pool.num_blocks
+    assert len(state.planner.slots.free) == state.limits.max_num_seqs
+    assert not state.llm.in_flight
+    assert not state.media.jobs
+    assert not state.media.encoding
+    assert not state.embeds.readers
+    for worker in state.media.workers.values():
+        assert (worker.num_decoding, worker.num_bytes) == (0, 0)
+    for slab in state.embeds.slabs.values():
+        assert slab.books.num_loans == 0
+        assert not slab.pinned
+        assert slab.books.num_free + sum(len(entry.pages) for entry in slab.idle.values()) == slab.books.num_pages
+
+
+def _check_queues(state: State) -> None:
+    planner = state.planner
+    for queue in (planner.waiting, planner.running):
+        assert [r.key for r in queue] == sorted(r.key for r in queue)
+    assert all(r.status is Status.WAITING for r in planner.waiting)
+    assert all(r.status is Status.RUNNING for r in planner.running)
+    assert {r.request_id for r in (*planner.waiting, *planner.running)} == set(state.requests)
+    assert len(planner.waiting) + len(planner.running) == len(state.requests)
+    slots = [*planner.slots.free, *(r.slot for r in planner.running)]
+    assert sorted(slots) == list(range(state.limits.max_num_seqs)), "a slot is lost or taken twice"
+    assert len(set(planner.slots.to_release)) == len(planner.slots.to_release)
+    assert len(state.llm.in_flight) <= 2
+    if not state.llm.is_up:
+        assert not state.llm.in_flight
+        assert not planner.running
+    for request in planner.waiting:
+        assert (request.num_computed_tokens, request.num_planned_tokens, request.num_pending_samples) == (0, 0, 0)
+        assert not request.block_ids
+        if request.awaits_media:
+            unready = [h for h in request.wanted_media if state.embeds.ready_entry(h) is None]
+            assert unready, f"{request.request_id} waits for media although all of it is there"
+
+
+def _check_blocks(state: State) -> None:
+    kv, running = state.planner.kv, state.planner.running
+    references = Counter(block_id for r in running for block_id in r.block_ids)
+    for block_id in range(kv.pool.num_blocks):
+        assert kv.pool.num_references(block_id) == references[block_id]
+        assert kv.pool.is_free(block_id) == (references[block_id] == 0)
+    free = list(kv.pool.free_in_eviction_order())
+    assert len(free) == len(set(free)) == kv.pool.num_free
+    cached = [block_id for _, block_id in kv.items()]
+    assert len(cached) == len(set(cached)), "two hashes for one block"
+    assert not cached or state.prefix_caching
+
+
+def _check_running(state: State, request: Request) -> None:
+    block_size = state.limits.block_size
+    rows = [row for step in state.llm.in_flight for row in step.rows if row.request is request and row.is_current]
+    assert request.num_planned_tokens - request.num_computed_tokens == sum(row.num_tokens for row in rows)
+    assert request.num_pending_samples == sum(row.sample for row in rows)
+    assert 0 <= request.num_computed_tokens <= request.num_planned_tokens
+    assert request.num_planned_tokens <= len(request.token_ids) + request.num_pending_samples
+    assert request.num_output_tokens + request.num_pending_samples <= request.max_tokens
+    assert len(request.token_ids) + request.num_pending_samples <= state.limits.max_model_len
+    assert len(set(request.block_ids)) == len(request.block_ids)
+    assert len(request.block_ids) == -(-request.num_planned_tokens // block_size)
+    assert request.num_inserted_blocks == request.num_computed_tokens // block_size
+    behind = {item.mm_hash for item in request.media if item.start + item.num_tokens > request.num_computed_tokens}
+    assert set(request.wanted_media) == behind
+
+
+def _check_readers(state: State) -> None:
+    readers = {
+        (mm_hash, request_id): key
+        for mm_hash, by_request in state.embeds.readers.items()
+        for request_id, key in by_request.items()
+    }
+    wanted = {
+        (mm_hash, request.request_id): key
+        for request in state.requests.values()
+        for mm_hash, key in request.wanted_media.items()
+    }
+    assert readers == wanted
+    for mm_hash in state.embeds.readers:
+        is_ready = state.embeds.ready_entry(mm_hash) is not None
+        assert is_ready != (mm_hash in state.media.jobs), (
+            f"{mm_hash} is wanted and neither ready nor on its way, or both"
+        )
+
+
+def _check_jobs(state: State) -> None:
+    media = state.media
+    num_decoding: Counter[str] = Counter()
+    num_bytes: Counter[str] = Counter()
+    for mm_hash, job in media.jobs.items():
+        assert mm_hash == job.mm_hash
+        assert mm_hash in state.embeds.readers or (job.stage is Stage.ENCODING and job.is_cancelled)
+        assert (mm_hash in media.decoding) == (job.stage is Stage.DECODING)
+        assert (mm_hash in media.decoded) == (job.stage is Stage.DECODED)
+        assert (media.encoding.get(job.encode_id) is job) == (job.stage is Stage.ENCODING)
+        if job.stage is Stage.DECODING:
+            assert job.asked in state.embeds.readers[mm_hash]
+            assert job.worker is not None
+            num_decoding[job.worker] += 1
+        if job.stage is Stage.DECODED:
+            assert job.pixels is not None
+        if job.worker is not None:
+            num_bytes[job.worker] += job.num_bytes
+    assert set(media.retry_at_s) <= set(media.jobs)
+    assert not media.failures
+    for name, worker in media.workers.items():
+        assert worker.num_decoding == num_decoding[name]
+        assert worker.num_bytes == num_bytes[name]
+    assert set(num_bytes) <= set(media.workers)
+
+
+def _check_slabs(state: State) -> None:
+    embeds = state.embeds
+    for mm_hash, entry in embeds.entries.items():
+        slab = embeds.slabs[entry.vit]
+        assert (entry.mm_hash, entry.epoch) == (mm_hash, slab.epoch)
+        if entry.is_ready:
+            assert (mm_hash in slab.pinned) == (mm_hash in embeds.readers)
+            assert (mm_hash in slab.idle) == (mm_hash not in embeds.readers)
+        else:
+            job = state.media.jobs[mm_hash]
+            assert (job.stage, job.vit) == (Stage.ENCODING, entry.vit)
+    in_flight = {(state.llm.epoch, step.plan.step) for step in state.llm.in_flight}
+    for name, slab in embeds.slabs.items():
+        slab.books.check()
+        ours = [entry for entry in embeds.entries.values() if entry.vit == name]
+        owned = {extent.pages for extent in slab.books._extents.values() if not extent.dropped}
+        assert owned == {entry.pages for entry in ours}
+        assert set(slab.books._loans) <= in_flight
+        assert len(slab.pinned) + len(slab.idle) == sum(entry.is_ready for entry in ours)
+        assert embeds.enabled or not slab.idle
+        encoding = [job for job in state.media.encoding.values() if job.vit == name]
+        assert slab.num_encoding_patches == sum(job.num_patches for job in encoding)
