@@ -1,0 +1,147 @@
+"""Penalties count what each slot's sequence holds; draws depend on seed and output position only."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.actors.llm.conftest import Checkpoint
+from tests.actors.llm.driver import Driver, Request, make_runner
+from vlmrt.actors.llm.batch import build_batch
+from vlmrt.actors.llm.sampler import Sampler
+from vlmrt.actors.llm.slots import Slots
+from vlmrt.actors.models.layers import TensorParallel
+from vlmrt.runtime.messages import NewSequence, RequestId, Sampling, StepPlan, StepRow
+
+VOCAB_SIZE = 23
+CPU = torch.device("cpu")
+
+
+class Bench:
+    """Slots and a sampler without a model: logits come from the test."""
+
+    def __init__(self) -> None:
+        self.slots = Slots(4, 100, 100)
+        self.sampler = Sampler(self.slots, VOCAB_SIZE, CPU)
+        self.step = 0
+
+    def admit(self, slot: int, token_ids: list[int], num_prompt_tokens: int, sampling: Sampling) -> None:
+        sequence = NewSequence(
+            slot, RequestId("r"), tuple(token_ids), num_prompt_tokens, (), 0, sampling, (slot,)
+        )  # fmt: skip
+        release = (slot,) if self.slots.num_tokens[slot] else ()
+        build_batch(StepPlan(self.step, release, (sequence,), ()), self.slots, 2)
+        self.sampler.admit(slot)
+
+    def sample(self, slots: list[int], logits: Tensor) -> list[int]:
+        rows = tuple(StepRow(slot, int(self.slots.num_tokens[slot]) - 1, 1, (), True) for slot in slots)
+        batch = build_batch(StepPlan(self.step, (), (), rows), self.slots, 2)
+        token_ids = self.sampler.sample(logits, batch)
+        self.slots.learn(batch.sample_slots, batch.sample_admissions, token_ids.numpy())
+        self.step += 1
+        return token_ids.tolist()
+
+
+def expected_best(logits: Tensor, prompt: list[int], output: list[int], sampling: Sampling) -> int:
+    """The definitions of the three penalties, token by token in float64."""
+    scores = logits.double().tolist()
+    counts = Counter(output)
+    for token_id in range(VOCAB_SIZE):
+        if token_id in prompt or token_id in counts:
+            penalty = sampling.repetition_penalty
+            scores[token_id] = scores[token_id] / penalty if scores[token_id] > 0 else scores[token_id] * penalty
+        scores[token_id] -= sampling.frequency_penalty * counts[token_id]
+        scores[token_id] -= sampling.presence_penalty * (counts[token_id] > 0)
+    return int(np.argmax(scores))
+
+
+PENALTIES = (
+    Sampling(temperature=0.0, repetition_penalty=1.4),
+    Sampling(temperature=0.0, frequency_penalty=0.3, presence_penalty=-0.4),
+    Sampling(temperature=0.0),
+    Sampling(temperature=0.0, repetition_penalty=0.8, frequency_penalty=-0.2, presence_penalty=0.5),
+)
+
+
+def test_penalties_equal_their_definition_also_after_a_sequence_comes_back() -> None:
+    generator = torch.Generator().manual_seed(0)
+    bench = Bench()
+    sequences: list[list[int]] = []
+    lengths = [5, 1, 9, 3]
+    for slot, (length, sampling) in enumerate(zip(lengths, PENALTIES, strict=True)):
+        sequences.append(torch.randint(0, VOCAB_SIZE, (length,), generator=generator).tolist())
+        bench.admit(slot, sequences[slot], length, sampling)
+    slots = [0, 1, 2, 3]
+    for step in range(30):
+        if step == 12:  # preempted, and back in each other's slots
+            slots = [3, 2, 1, 0]
+            for index, slot in enumerate(slots):
+                bench.admit(slot, sequences[index], lengths[index], PENALTIES[index])
+        order = torch.randperm(4, generator=generator).tolist()[: 1 + step % 4]
+        logits = torch.randn(len(order), VOCAB_SIZE, generator=generator) * 0.7
+        sampled = bench.sample([slots[index] for index in order], logits)
+        for index, row, token_id in zip(order, logits, sampled, strict=True):
+            prompt, output = sequences[index][: lengths[index]], sequences[index][lengths[index] :]
+            assert token_id == expected_best(row, prompt, output, PENALTIES[index])
+            sequences[index].append(token_id)
+
+
+def test_a_slot_s_next_sequence_inherits_no_counts() -> None:
+    bench = Bench()
+    sampling = Sampling(temperature=0.0, presence_penalty=2.0)
+    logits = torch.zeros(1, VOCAB_SIZE)
+    logits[0, 3] = 1.0
+    for _ in range(2):
+        bench.admit(0, [3], 1, sampling)
+        assert bench.sample([0], logits) == [3]
+        assert bench.sample([0], logits) == [0]
+
+
+DRAWS = (
+    Sampling(temperature=1.0, seed=7),
+    Sampling(temperature=0.8, seed=7, top_p=0.9),
+    Sampling(temperature=1.2, seed=8, top_k=30, min_p=0.02),
+    Sampling(temperature=0.0),
+    Sampling(temperature=1.0, seed=-(2**63), repetition_penalty=1.2, frequency_penalty=0.1),
+)
+
+
+def generate(checkpoint: Checkpoint, requests: list[Request], num_tokens: int) -> list[list[int]]:
+    driver = Driver(make_runner(checkpoint.model, checkpoint.config, TensorParallel()))
+    for request in requests:
+        driver.admit(request)
+        driver.prefill(request, 6)
+    driver.decode(requests, num_tokens - 1)
+    return [request.output_ids for request in requests]
+
+
+def test_seeded_draws_are_the_same_alone_and_in_a_batch(one_checkpoint: Checkpoint) -> None:
+    def prompts() -> list[Request]:
+        return [
+            one_checkpoint.prompt(90 + seed, 9, sampling=sampling)[0] for seed, sampling in enumerate(DRAWS)
+        ]  # fmt: skip
+
+    together = generate(one_checkpoint, prompts(), 12)
+    alone = [generate(one_checkpoint, [request], 12)[0] for request in prompts()]
+    assert together == alone
+    assert generate(one_checkpoint, list(reversed(prompts())), 12) == list(reversed(alone))
+
+
+@pytest.mark.parametrize("after", [1, 5])
+def test_a_preempted_sequence_draws_what_it_would_have_drawn(one_checkpoint: Checkpoint, after: int) -> None:
+    for sampling in DRAWS:
+        whole = generate(one_checkpoint, [one_checkpoint.prompt(95, 9, sampling=sampling)[0]], 10)[0]
+        request, _ = one_checkpoint.prompt(95, 9, sampling=sampling)
+        driver = Driver(make_runner(one_checkpoint.model, one_checkpoint.config, TensorParallel()))
+        driver.admit(request)
+        driver.prefill(request)
+        driver.decode([request], after - 1)
+        driver.release(request)
+        driver.admit(request)
+        driver.prefill(request)
+        driver.decode([request], 9 - after)
+        assert request.output_ids == whole

@@ -1,0 +1,43 @@
+"""Two random checkpoints and transformers' towers of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from vlmrt.actors.models.config import ImageProcessing, ModelConfig
+from vlmrt.actors.models.registry import load_image_processing, load_model_config
+from vlmrt.tools.checkpoint import make_checkpoint
+
+PRESETS = ("test-qwen2-vl", "test-qwen2.5-vl")
+
+
+@dataclass
+class Checkpoint:
+    directory: Path
+    config: ModelConfig
+    processing: ImageProcessing
+    reference_tower: Any
+
+
+def load_checkpoint(preset: str, directory: Path) -> Checkpoint:
+    make_checkpoint(directory, preset, dtype="float32")
+    transformers.utils.logging.disable_progress_bar()
+    reference = transformers.AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
+    config = load_model_config(directory)
+    return Checkpoint(directory, config, load_image_processing(directory), reference.model.visual)
+
+
+@pytest.fixture(scope="session", params=PRESETS)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return load_checkpoint(request.param, tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def one_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return load_checkpoint(PRESETS[0], tmp_path_factory.mktemp("checkpoint"))

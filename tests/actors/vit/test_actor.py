@@ -1,0 +1,327 @@
+"""The ViT actor: rows as the reference's in the slab's pages, one answer per image, failures alone."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import Qwen2VLImageProcessorPil
+
+from tests.actors.vit.conftest import Checkpoint
+from tests.support import FakeContext, FakeMemory, make_config, peer_down, peer_up
+from vlmrt.actors.vit.actor import EncodeStuck, VitActor
+from vlmrt.actors.vit.encoder import Answer
+from vlmrt.actors.vit.engines.engine import Pixels
+from vlmrt.actors.vit.engines.torch import TorchEngine
+from vlmrt.runtime.actor import ActorContext
+from vlmrt.runtime.config import MemoryOptions, ParallelOptions, SupervisionOptions
+from vlmrt.runtime.errors import StartupError
+from vlmrt.runtime.faults import hold_file
+from vlmrt.runtime.messages import (
+    ActorName,
+    CancelEncode,
+    EmbedsReady,
+    Encode,
+    EncodeFailed,
+    Epoch,
+    HostSlabExport,
+    MmHash,
+    SchedulerReady,
+    VitReady,
+)
+from vlmrt.runtime.shared_memory import PixelArena
+from vlmrt.runtime.slab import HostSlab, row_index
+
+SCHEDULER = ActorName("scheduler:0")
+PAGE_ROWS = 3
+SLAB_PAGES = 128
+SIZES = ((4, 6), (2, 10), (8, 8), (2, 2), (14, 4), (6, 6))  # patches
+
+
+@dataclass
+class Picture:
+    """Pixels with their grid, and the rows that the reference makes of them."""
+
+    grid_thw: tuple[int, int, int]
+    pixels: Pixels
+
+    @property
+    def num_rows(self) -> int:
+        return self.grid_thw[1] * self.grid_thw[2] // 4
+
+    def rows(self, checkpoint: Checkpoint) -> Tensor:
+        processor = Qwen2VLImageProcessorPil.from_pretrained(checkpoint.directory)
+        made = processor(images=[Image.fromarray(self.pixels[0])], do_resize=False, return_tensors="pt")
+        assert made["image_grid_thw"].tolist() == [list(self.grid_thw)]
+        with torch.inference_mode():
+            rows: Tensor = checkpoint.reference_tower(
+                made["pixel_values"], grid_thw=made["image_grid_thw"]
+            ).pooler_output
+        return rows
+
+
+def picture(seed: int, size: tuple[int, int]) -> Picture:
+    height, width = size
+    pixels = np.random.default_rng(seed).integers(0, 256, (1, height * 14, width * 14, 3), dtype=np.uint8)
+    return Picture((1, height, width), pixels)
+
+
+@dataclass
+class Bench:
+    """A ViT actor, the arena it reads and the slab it writes, as peers see them."""
+
+    context: FakeContext
+    actor: VitActor
+    arena: PixelArena
+    slab: HostSlab
+    free_pages: list[int]
+    num_encodes: int = 0
+
+    def message(self, picture: Picture) -> Encode:
+        ref = self.arena.write(picture.pixels)
+        assert ref is not None
+        self.num_encodes += 1
+        pages = tuple(self.free_pages.pop() for _ in range(-(-picture.num_rows // PAGE_ROWS)))
+        shape = cast(tuple[int, int, int, int], picture.pixels.shape)
+        return Encode(self.num_encodes, MmHash("hash"), picture.grid_thw, ref, shape, pages)
+
+    async def encode(self, message: Encode) -> None:
+        await self.actor.handle(message, SCHEDULER)
+
+    async def answers(self, count: int) -> dict[int, Answer]:
+        told = [await self.context.outbox.next() for _ in range(count)]
+        assert {sent.peer for sent in told} == {SCHEDULER}
+        answers = [cast(Answer, sent.message) for sent in told]
+        return {answer.encode_id: answer for answer in answers}
+
+    def rows(self, message: Encode, num_rows: int) -> Tensor:
+        return self.slab.tensor()[torch.from_numpy(row_index(message.pages, 0, num_rows, PAGE_ROWS))]
+
+    def hold(self, name: str) -> Path:
+        file = hold_file(self.context.run_dir, name)
+        file.touch()
+        return file
+
+
+@asynccontextmanager
+async def running(checkpoint: Checkpoint, run_dir: Path, max_patches: int = 100) -> AsyncIterator[Bench]:
+    width = checkpoint.config.vision.out_hidden_size
+    config = make_config(
+        checkpoint.directory,
+        memory=MemoryOptions(embedding_cache_gib=SLAB_PAGES * PAGE_ROWS * width * 4 / 2**30, page_rows=PAGE_ROWS),
+        parallel=ParallelOptions(max_patches_per_batch=max_patches),
+        supervision=SupervisionOptions(fault_hooks=True),
+    )
+    memory = FakeMemory()
+    media = FakeContext("media:0", run_dir, config, memory=memory)
+    async with FakeContext("vit:0", run_dir, config, epoch=4, memory=memory) as context:
+        actor = VitActor(cast(ActorContext, context))
+        ready = await actor.start()
+        assert ready == VitReady(HostSlabExport("slab/vit:0/4", SLAB_PAGES, PAGE_ROWS, width, "float32"))
+        assert isinstance(ready.slab, HostSlabExport)
+        await actor.peer_up(peer_up("scheduler:0", SchedulerReady()))
+        arena = PixelArena.create(media, 1 << 22)
+        slab = HostSlab.open(context, ready.slab)
+        slab.tensor().fill_(float("nan"))
+        free_pages = np.random.default_rng(0).permutation(SLAB_PAGES).tolist()
+        yield Bench(context, actor, arena, slab, free_pages)
+        await actor.stop(1.0)
+        slab.close()
+        arena.close()
+
+
+def assert_close(rows: Tensor, expected: Tensor) -> None:
+    assert (rows - expected).abs().max() <= 2e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("max_patches", [10, 100, 10_000])
+async def test_rows_in_shuffled_pages_equal_the_reference(
+    checkpoint: Checkpoint, tmp_path: Path, max_patches: int
+) -> None:
+    async with running(checkpoint, tmp_path, max_patches) as bench:
+        pictures = [picture(seed, size) for seed, size in enumerate(SIZES)]
+        held = bench.hold("vit.encode")
+        messages = [bench.message(each) for each in pictures]
+        for message in messages:
+            await bench.encode(message)
+        held.unlink()
+        answers = await bench.answers(len(pictures))
+        for each, message in zip(pictures, messages, strict=True):
+            assert answers[message.encode_id] == EmbedsReady(message.encode_id, each.num_rows)
+            assert_close(bench.rows(message, each.num_rows), each.rows(checkpoint))
+        written = ~bench.slab.tensor().isnan().all(dim=1)
+        assert int(written.sum()) == sum(each.num_rows for each in pictures)  # and nothing else
+        snapshot = bench.context.metrics.snapshot()
+        assert snapshot.counters["images_encoded_total"] == len(pictures)
+        batches = sum(snapshot.histograms["vit_batch_images"].counts)
+        assert batches == {10: 6, 100: 3, 10_000: 1}[max_patches]
+        assert sum(snapshot.histograms["encode_seconds"].counts) == batches
+
+
+async def test_an_image_that_cannot_be_read_fails_alone(one_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    async with running(one_checkpoint, tmp_path) as bench:
+        good = picture(0, (4, 4))
+        message = bench.message(good)
+        ref = message.pixels
+        replace = msgspec.structs.replace
+        bad = {
+            "grid": replace(message, grid_thw=(1, 4, 6)),
+            "odd grid": replace(message, grid_thw=(1, 3, 4), shape=(1, 42, 56, 3)),
+            "frames": replace(message, shape=(3, 56, 56, 3)),
+            "channels": replace(message, shape=(1, 56, 56, 4)),
+            "bytes": replace(message, pixels=replace(ref, num_bytes=ref.num_bytes - 1)),
+            "outside": replace(message, pixels=replace(ref, offset=1 << 22)),
+            "few pages": replace(message, pages=message.pages[:1]),
+            "many pages": replace(message, pages=(*message.pages, 100)),
+            "page twice": replace(message, pages=(1, 1)),
+            "page outside": replace(message, pages=(0, SLAB_PAGES)),
+            "lost": replace(message, pixels=replace(ref, epoch=Epoch(9))),
+        }
+        codes = dict.fromkeys(bad, "bad_encode") | {"lost": "pixels_lost"}
+        held = bench.hold("vit.encode")
+        for encode_id, each in enumerate(bad.values(), 100):
+            await bench.encode(replace(each, encode_id=encode_id))
+        await bench.encode(message)
+        held.unlink()
+        answers = await bench.answers(len(bad) + 1)
+        assert answers[message.encode_id] == EmbedsReady(message.encode_id, good.num_rows)
+        assert_close(bench.rows(message, good.num_rows), good.rows(one_checkpoint))
+        for encode_id, name in enumerate(bad, 100):
+            answer = answers[encode_id]
+            assert isinstance(answer, EncodeFailed), name
+            assert (answer.error.status, answer.error.code) == (500, codes[name]), name
+
+
+async def test_an_image_that_breaks_a_batch_fails_alone(
+    one_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = TorchEngine.prepare
+
+    def picky(self: TorchEngine, images: Sequence[Pixels], grids: Sequence[tuple[int, int, int]]) -> Any:
+        if any(image.max() == 0 for image in images) and len(grids) < 100 and grids != [(1, 2, 2)]:
+            raise torch.OutOfMemoryError("black images are too much")
+        return prepare(self, images, grids)
+
+    monkeypatch.setattr(TorchEngine, "prepare", picky)
+    async with running(one_checkpoint, tmp_path) as bench:
+        pictures = [picture(seed, (4, 4)) for seed in range(3)]
+        pictures[1].pixels[:] = 0
+        held = bench.hold("vit.encode")
+        messages = [bench.message(each) for each in pictures]
+        for message in messages:
+            await bench.encode(message)
+        held.unlink()
+        answers = await bench.answers(3)
+        failed = answers[messages[1].encode_id]
+        assert isinstance(failed, EncodeFailed)
+        assert failed.error.code == "encode_failed"
+        for index in (0, 2):
+            assert answers[messages[index].encode_id] == EmbedsReady(messages[index].encode_id, 4)
+            assert_close(bench.rows(messages[index], 4), pictures[index].rows(one_checkpoint))
+
+
+async def test_a_cancelled_image_is_answered_and_not_encoded(one_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    async with running(one_checkpoint, tmp_path, max_patches=16) as bench:
+        held = bench.hold("vit.encode")
+        messages = [bench.message(picture(seed, (4, 4))) for seed in range(3)]
+        for message in messages:
+            await bench.encode(message)
+        await bench.actor.handle(CancelEncode(messages[1].encode_id), SCHEDULER)
+        cancelled = (await bench.answers(1))[messages[1].encode_id]
+        assert isinstance(cancelled, EncodeFailed)
+        assert cancelled.error.code == "cancelled"
+        held.unlink()
+        answers = await bench.answers(2)
+        assert answers.keys() == {messages[0].encode_id, messages[2].encode_id}
+        await bench.actor.handle(CancelEncode(messages[0].encode_id), SCHEDULER)  # it has been answered already
+        await bench.actor.handle(CancelEncode(99), SCHEDULER)
+        await asyncio.sleep(0)
+        assert bench.context.outbox.take() == []
+        assert bench.rows(messages[1], 4).isnan().all()
+
+
+async def test_what_a_dead_scheduler_asked_for_is_dropped(one_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    async with running(one_checkpoint, tmp_path) as bench:
+        held = bench.hold("vit.encode")
+        old, new = (bench.message(picture(seed, (4, 4))) for seed in range(2))
+        await bench.encode(old)
+        await bench.actor.peer_down(peer_down("scheduler:0"))
+        await bench.actor.peer_up(peer_up("scheduler:0", SchedulerReady(), epoch=2))
+        await bench.encode(new)
+        held.unlink()
+        assert (await bench.answers(1)).keys() == {new.encode_id}
+        assert bench.rows(old, 4).isnan().all()
+
+
+class FakeEncoder:
+    """Waits in `encode` until `open` is set."""
+
+    def __init__(self) -> None:
+        self.beat_s = 0.0
+        self.export = HostSlabExport("slab", 1, 1, 1, "float32")
+        self.open = threading.Event()
+        self.error: Exception | None = None
+
+    def encode(self, batch: Sequence[Encode]) -> list[Answer]:
+        assert self.open.wait(30)
+        if self.error is not None:
+            raise self.error
+        return [EmbedsReady(encode.encode_id, 1) for encode in batch]
+
+    def close(self) -> None:
+        pass
+
+
+async def run_one_encode(encoder: FakeEncoder, run_dir: Path, step_timeout_s: float) -> None:
+    config = make_config(supervision=SupervisionOptions(step_timeout_s=step_timeout_s))
+    async with FakeContext("vit:0", run_dir, config) as context:
+        actor = VitActor(cast(ActorContext, context), lambda _: encoder)
+        await actor.start()
+        await actor.peer_up(peer_up("scheduler:0", SchedulerReady()))
+        media = FakeContext("media:0", run_dir)
+        ref = PixelArena.create(media, 4096).write(np.zeros((1, 1, 1, 3), np.uint8))
+        assert ref is not None
+        await actor.handle(Encode(1, MmHash("h"), (1, 2, 2), ref, (1, 28, 28, 3), (0,)), SCHEDULER)
+        await asyncio.wait(context._tasks, timeout=10)
+        media.memory.close()
+
+
+async def test_a_stuck_forward_ends_the_actor(tmp_path: Path) -> None:
+    encoder = FakeEncoder()
+    try:
+        with pytest.raises(EncodeStuck):
+            await run_one_encode(encoder, tmp_path, 0.05)
+    finally:
+        encoder.open.set()
+
+
+async def test_a_fault_of_the_device_ends_the_actor(tmp_path: Path) -> None:
+    encoder = FakeEncoder()
+    encoder.error = torch.AcceleratorError("illegal memory access")
+    encoder.open.set()
+    with pytest.raises(torch.AcceleratorError):
+        await run_one_encode(encoder, tmp_path, 60.0)
+
+
+async def test_a_start_that_cannot_work_says_why(tmp_path: Path) -> None:
+    async with FakeContext("vit:0", tmp_path, make_config(tmp_path)) as context:
+        with pytest.raises(StartupError, match=r"config\.json"):
+            await VitActor(cast(ActorContext, context)).start()
+
+
+async def test_a_slab_without_a_page_is_refused(one_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    config = make_config(one_checkpoint.directory, memory=MemoryOptions(embedding_cache_gib=1e-9))
+    async with FakeContext("vit:0", tmp_path, config) as context:
+        with pytest.raises(StartupError, match="--embedding-cache-gib"):
+            await VitActor(cast(ActorContext, context)).start()
