@@ -31,13 +31,12 @@ def make_question(index: int) -> Question:
     if index % 3 == 0:
         messages.append({"role": "system", "content": "Answer briefly."})
     for turn in range(1 + index % 3):
-        content: list[dict[str, Any]] = []
-        for _ in range(rng.choice((0, 1, 1, 2)) if pictures or turn else 1 + index % 2):
-            if len(pictures) < 3:
-                pictures.append(picture(rng.randrange(72)))
-                content.append(pictures[-1].part)
-        content.append({"type": "text", "text": " ".join(rng.choices(WORDS, k=rng.randint(1, 12)))})
-        rng.shuffle(content)
+        wanted = rng.choice((0, 1, 1, 2)) if turn else 1 + index % 2
+        parts: list[Picture | str] = [picture(rng.randrange(72)) for _ in range(min(wanted, 3 - len(pictures)))]
+        parts.append(" ".join(rng.choices(WORDS, k=rng.randint(1, 12))))
+        rng.shuffle(parts)
+        pictures += [part for part in parts if isinstance(part, Picture)]
+        content = [{"type": "text", "text": part} if isinstance(part, str) else part.part for part in parts]
         messages.append({"role": "user", "content": content})
         if turn < index % 3:
             messages.append({"role": "assistant", "content": " ".join(rng.choices(WORDS, k=rng.randint(1, 9)))})
