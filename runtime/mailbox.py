@@ -72,7 +72,7 @@ class Mailbox(Generic[Inbound]):
         """The next message of a living incarnation; None if there is none now."""
         while self._queue:
             envelope = self._queue.popleft()
-            if self._pump is not None:
+            if self._pump is not None and len(self._queue) <= self._bound // 2:
                 self._pump.resume()
             if self._alive.get(envelope.sender) == envelope.epoch:
                 return envelope

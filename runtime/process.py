@@ -11,8 +11,8 @@ import os
 import signal
 import socket
 import sys
-import threading
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 import uvloop
@@ -23,13 +23,16 @@ from vlmrt.runtime.spawner import ProcessSpec
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
-_EXIT_S = 3.0  # for threads that still load or compute; then the process ends anyway
+CRASHED = 70  # exit code after an exception (EX_SOFTWARE)
 
 logger = logging.getLogger(__name__)
 
 
-def main(spec_path: str) -> int:
-    """Run the actor of this spec to its end.  Returns the exit code."""
+def main(spec_path: str) -> NoReturn:
+    """Run the actor of this spec to its end.
+
+    The process leaves by `os._exit`: a thread that still loads or computes, or a library's clean-up, must not keep it.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the supervisor's Shutdown decides
     spec = msgspec.msgpack.decode(Path(spec_path).read_bytes(), type=ProcessSpec)
@@ -38,19 +41,18 @@ def main(spec_path: str) -> int:
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     _set_up_logging(spec)
     listen_socket = None if spec.listen_fd is None else socket.socket(fileno=spec.listen_fd)
+    code = CRASHED
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_run(spec, listen_socket))
+        code = asyncio.Runner(loop_factory=uvloop.new_event_loop).run(_run(spec, listen_socket))
     except BaseException:
-        logger.exception("%s epoch %d ends by an exception", spec.actor.name, spec.epoch)
-        return 70
+        logger.exception("epoch %d ends by an exception", spec.epoch)
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(code)
 
 
 async def _run(spec: ProcessSpec, listen_socket: socket.socket | None) -> int:
-    try:
-        return await ActorProcess(spec, load_factory).run(listen_socket)
-    finally:
-        _end_soon()
+    return await ActorProcess(spec, load_factory).run(listen_socket)
 
 
 def load_factory(path: str) -> ActorFactory:
@@ -76,12 +78,5 @@ def _set_up_logging(spec: ProcessSpec) -> None:
     )
 
 
-def _end_soon() -> None:
-    """The event loop is done; a thread that is stuck in a library must not keep the process."""
-    timer = threading.Timer(_EXIT_S, os._exit, (75,))
-    timer.daemon = True
-    timer.start()
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    main(sys.argv[1])

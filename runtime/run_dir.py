@@ -66,7 +66,7 @@ def _remove_stale(base: Path) -> None:
     """Remove what services left whose sweeper was killed too (a lost machine, an out-of-memory killer)."""
     for lock in base.glob(f"{PREFIX}*/lock"):
         try:
-            if lock.stat().st_uid != os.geteuid():
+            if lock.parent.lstat().st_uid != os.geteuid():
                 continue
             descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:

@@ -186,3 +186,11 @@ class MemoryUser(Recorder):
 class NeverStops(Recorder):
     async def stop(self, grace_s: float) -> None:
         await asyncio.sleep(3600)
+
+
+class Forker(Recorder):
+    """Has a child process that leaves its session and process group, and outlives its parent."""
+
+    async def start(self) -> Capabilities:
+        self._child = await asyncio.create_subprocess_exec("sleep", "300", start_new_session=True)
+        return await super().start()

@@ -25,6 +25,7 @@ from vlmrt.runtime.topology import ActorKind, ActorSpec, actor_specs
 FAKES = "tests.runtime.fake_actors:"
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 20.0
+SHARED_MEMORY = Path("/dev/shm")
 
 
 def fake_config(events: Path, *, port: int = 0, tp: int = 1, **supervision: Any) -> Config:
@@ -116,7 +117,7 @@ async def service(config: Config, fakes: dict[ActorKind, str], events: Path) -> 
     """Started; stopped at the end if it still runs.  Nothing may be left of it."""
     running = Service(config, fakes, events)
     try:
-        while not running.supervisor._table.processes and not running.ended.done():
+        while not running.supervisor._table.processes and not running.ended.done():  # noqa: ASYNC110 - a few turns
             await asyncio.sleep(0)
         yield running
     finally:
@@ -134,7 +135,28 @@ def read_events(events: Path, actor: str) -> list[str]:
 
 
 def children_of(pid: int) -> list[psutil.Process]:
-    return psutil.Process(pid).children(recursive=True)
+    return list(psutil.Process(pid).children(recursive=True))
+
+
+class LeftBehind:
+    """Finds what a service leaves: processes, files in the folder of its run directory, names in /dev/shm."""
+
+    def __init__(self, run_root: Path, children: list[psutil.Process], shared_before: set[Path]) -> None:
+        self._run_root = run_root
+        self._children = children
+        self._shared_before = shared_before
+
+    def after(self, limit_s: float) -> list[str]:
+        """What is still there when the time is up; empty as soon as nothing is."""
+        deadline = time.monotonic() + limit_s
+        while (left := self._now()) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return left
+
+    def _now(self) -> list[str]:
+        alive = [child for child in self._children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+        shared = set(SHARED_MEMORY.iterdir()) - self._shared_before
+        return [*map(str, alive), *map(str, self._run_root.iterdir()), *map(str, shared)]
 
 
 def start_service_process(events: Path, fakes: dict[ActorKind, str], **environment: str) -> subprocess.Popen[str]:

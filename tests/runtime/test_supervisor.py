@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import psutil
 import pytest
 
 from tests.runtime.services import (
+    SHARED_MEMORY,
+    LeftBehind,
     children_of,
     fake_config,
     read_events,
@@ -20,9 +23,9 @@ from tests.runtime.services import (
     service,
     start_service_process,
 )
+from vlmrt.runtime.topology import ActorKind
 
 pytestmark = pytest.mark.usefixtures("run_root")
-SHARED_MEMORY = Path("/dev/shm")
 
 
 async def test_two_actors_are_linked_and_messages_flow_both_ways(tmp_path: Path) -> None:
@@ -160,9 +163,14 @@ async def test_heartbeats_go_on_while_a_thread_loads(tmp_path: Path) -> None:
     async with service(config, {"scheduler": "SlowLoader"}, tmp_path) as running:
         scheduler = running.process("scheduler:0")
         await running.until(lambda: scheduler.said_hello, "Hello")
-        beats: set[float] = set()
-        await running.until(lambda: bool(beats.add(scheduler.last_heartbeat_s)) or scheduler.is_up, "ready")
-        assert len(beats) >= 3
+        beats: list[float] = []
+
+        def loaded() -> bool:
+            beats.append(scheduler.last_heartbeat_s)
+            return scheduler.is_up
+
+        await running.until(loaded, "ready")
+        assert len(set(beats)) >= 3
 
 
 async def test_a_port_in_use_is_an_error_before_any_process_starts(tmp_path: Path) -> None:
@@ -233,33 +241,52 @@ def test_signals_to_children_are_ignored(tmp_path: Path) -> None:
 def test_killing_the_supervisor_leaves_no_process_no_run_dir_and_no_shared_memory(
     tmp_path: Path, run_root: Path
 ) -> None:
-    shared_before = sorted(SHARED_MEMORY.iterdir())
-    with start_service_process(
-        tmp_path, {"edge": "Recorder", "media": "MemoryUser", "scheduler": "SlowLoader"}
-    ) as process:
+    shared_before = set(SHARED_MEMORY.iterdir())
+    fakes: dict[ActorKind, str] = {"edge": "Recorder", "media": "MemoryUser", "scheduler": "Forker"}
+    with start_service_process(tmp_path, fakes) as process:
         read_until(process, "ready")
         children = children_of(process.pid)
-        assert len(children) == 4  # three actors and the sweeper
+        assert len(children) == 5  # three actors, a grandchild in a session of its own, and the sweeper
         process.kill()
         process.wait()
-        _, alive = psutil.wait_procs(children, timeout=10)
-    assert alive == []
-    assert list(run_root.iterdir()) == []
-    assert sorted(SHARED_MEMORY.iterdir()) == shared_before
+        assert LeftBehind(run_root, children, shared_before).after(10) == []
 
 
 def test_killing_the_supervisor_while_actors_start_leaves_nothing(tmp_path: Path, run_root: Path) -> None:
     with start_service_process(tmp_path, {"edge": "NeverReady", "vit": "NeverReady"}) as process:
         deadline = time.monotonic() + 20
-        while not (children := children_of(process.pid)) and time.monotonic() < deadline:
-            time.sleep(0.002)
+        while len(children := children_of(process.pid)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.001)
         process.kill()
         process.wait()
-        _, alive = psutil.wait_procs(children, timeout=10)
-        assert alive == []
-        while list(run_root.iterdir()) and time.monotonic() < deadline:
-            time.sleep(0.005)
-    assert list(run_root.iterdir()) == []
+        assert LeftBehind(run_root, children, set(SHARED_MEMORY.iterdir())).after(10) == []
+
+
+def test_the_leak_check_finds_planted_leaks(tmp_path: Path) -> None:
+    shared_before = set(SHARED_MEMORY.iterdir())
+    with subprocess.Popen(["sleep", "60"]) as bystander:
+        try:
+            assert LeftBehind(tmp_path, [psutil.Process(bystander.pid)], shared_before).after(0.05) != []
+        finally:
+            bystander.kill()
+    (tmp_path / "vlmrt-left").mkdir()
+    assert LeftBehind(tmp_path, [], shared_before).after(0.05) == [str(tmp_path / "vlmrt-left")]
+    (tmp_path / "vlmrt-left").rmdir()
+    assert LeftBehind(tmp_path, [], shared_before).after(0.05) == []
+    planted = SHARED_MEMORY / f"vlmrt-test-{os.getpid()}"
+    planted.touch()
+    try:
+        assert LeftBehind(tmp_path, [], shared_before).after(0.05) == [str(planted)]
+    finally:
+        planted.unlink()
+
+
+async def test_a_killed_sweeper_is_replaced(tmp_path: Path) -> None:
+    async with service(fake_config(tmp_path), {"scheduler": "Recorder"}, tmp_path) as running:
+        await running.until_ready()
+        first = running.supervisor._sweeper
+        first.kill()
+        await running.until(lambda: running.supervisor._sweeper is not first, "another sweeper")
 
 
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
