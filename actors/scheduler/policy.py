@@ -11,6 +11,7 @@ from bisect import insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
+from typing import NamedTuple
 
 from vlmrt.actors.scheduler.counters import Counters
 from vlmrt.actors.scheduler.embed_cache import EmbedCache, Entry
@@ -32,8 +33,7 @@ class Limits:
     block_size: int
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedRow:
+class PlannedRow(NamedTuple):
     """A row of a step in flight.  It counts only while its request is still in the same run."""
 
     request: Request
@@ -174,8 +174,11 @@ class Planner:
             if request.status is not Status.RUNNING or draft.budget == 0:
                 continue
             start = request.num_planned_tokens
-            if request.num_unplanned_tokens != 1 or start < request.media_end or request.is_fully_planned:
-                continue
+            num_tokens = len(request.token_ids) + request.num_pending_samples
+            if num_tokens - start != 1 or start < request.media_end:
+                continue  # nothing to run, or a prefill
+            if num_tokens - request.num_prompt_tokens >= request.max_tokens:
+                continue  # its last token is in flight
             new_block_ids: tuple[int, ...] = ()
             if start == len(request.block_ids) * block_size:
                 block_ids = self._allocate_or_preempt(request, draft)

@@ -32,6 +32,7 @@ class Request:
     stop: StopRule
     cache_salt: str
     max_tokens: int  # of output; within what the model's length and the KV cache hold
+    media_end: int = field(init=False)  # index behind the last placeholder token
 
     status: Status = Status.WAITING
     run: int = 0  # grows with every admission, so that rows planned before a preemption are recognised
@@ -49,6 +50,9 @@ class Request:
     num_yields: int = 0  # times it gave its place to a younger request while it waited for media
     num_recoveries: int = 0  # times it lost its KV cache to a dead TP group
 
+    def __post_init__(self) -> None:
+        self.media_end = self.media[-1].start + self.media[-1].num_tokens if self.media else 0
+
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
@@ -62,11 +66,6 @@ class Request:
     def is_fully_planned(self) -> bool:
         """The steps in flight bring its last token at the latest."""
         return len(self.token_ids) - self.num_prompt_tokens + self.num_pending_samples >= self.max_tokens
-
-    @property
-    def media_end(self) -> int:
-        """Index behind the last placeholder token."""
-        return self.media[-1].start + self.media[-1].num_tokens if self.media else 0
 
     @property
     def usage(self) -> Usage:

@@ -13,7 +13,7 @@ from vlmrt.actors.scheduler.counters import Counters
 from vlmrt.actors.scheduler.embed_cache import EmbedCache, Slab
 from vlmrt.actors.scheduler.llm_group import LlmGroup
 from vlmrt.actors.scheduler.media_work import MediaWork
-from vlmrt.actors.scheduler.policy import Limits, PlannedRow, Planner
+from vlmrt.actors.scheduler.policy import Limits, Planner
 from vlmrt.actors.scheduler.prefix_cache import PrefixCache, extend_block_hashes
 from vlmrt.actors.scheduler.request import Request, Status
 from vlmrt.runtime.config import Config
@@ -211,7 +211,10 @@ class State:
         return sends
 
     def _put_output(self, edge: ActorName, output: TokenOutput) -> None:
-        self._outputs.setdefault(edge, []).append(output)
+        outputs = self._outputs.get(edge)
+        if outputs is None:
+            outputs = self._outputs[edge] = []
+        outputs.append(output)
 
     # ------------------------------------------------------------ a request begins
 
@@ -296,34 +299,38 @@ class State:
             self.counters.ignored_messages += 1
             return
         step = in_flight.popleft()
+        num_samples = sum(row.sample for row in step.rows)
+        if len(result.token_ids) != num_samples:
+            raise ValueError(f"step {result.step} samples {num_samples} tokens, its result has {len(result.token_ids)}")
         self.embeds.end_step(self.llm.epoch, result.step)
         token_ids = iter(result.token_ids)
         for row in step.rows:
             token_id = next(token_ids) if row.sample else None
             if row.is_current:
-                self._on_row(row, token_id)
+                self._on_row(row.request, row.num_tokens, token_id)
             elif row.sample:
                 self.counters.discarded_tokens += 1
 
-    def _on_row(self, row: PlannedRow, token_id: int | None) -> None:
+    def _on_row(self, request: Request, num_tokens: int, token_id: int | None) -> None:
         """A row of a request that is still in the run it was planned for."""
-        request = row.request
-        request.num_computed_tokens += row.num_tokens
-        if request.num_computed_tokens // self.limits.block_size > request.num_inserted_blocks:
+        num_computed_tokens = request.num_computed_tokens = request.num_computed_tokens + num_tokens
+        if num_computed_tokens // self.limits.block_size > request.num_inserted_blocks:
             self._insert_blocks(request)
-        if request.num_consumed_items < len(request.media):
+        if num_computed_tokens - num_tokens < request.media_end:
             self._consume_media(request)
         if token_id is None:
             return
         request.num_pending_samples -= 1
         request.token_ids.append(token_id)
         self.counters.output_tokens += 1
-        if token_id in request.stop.stop_token_ids and request.num_output_tokens >= request.stop.min_tokens:
+        num_output_tokens = len(request.token_ids) - request.num_prompt_tokens
+        if token_id in request.stop.stop_token_ids and num_output_tokens >= request.stop.min_tokens:
             self._finish(request, (token_id,), "stop")
-        elif request.num_output_tokens >= request.max_tokens:
+        elif num_output_tokens >= request.max_tokens:
             self._finish(request, (token_id,), "length")
         else:
-            self._put_output(request.edge, TokenOutput(request.request_id, (token_id,), request.usage))
+            usage = Usage(request.num_prompt_tokens, request.num_cached_tokens or 0, num_output_tokens)
+            self._put_output(request.edge, TokenOutput(request.request_id, (token_id,), usage))
 
     def _insert_blocks(self, request: Request) -> None:
         """Offer newly full blocks to the prefix cache: all their tokens are confirmed and computed."""
