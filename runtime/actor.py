@@ -65,9 +65,11 @@ class ActorContext(Protocol):
     device: str  # "cpu" or "cuda:<ordinal>"
     config: Config
     run_dir: Path
-    outbox: Outbox
     metrics: Metrics
     listen_socket: socket.socket | None  # only an edge has one: bound and listening, inherited from the supervisor
+
+    @property
+    def outbox(self) -> Outbox: ...
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """Report a stage of the start; safe from any thread."""
@@ -175,7 +177,7 @@ class ProcessContext:
         self.device = spec.actor.device
         self.config = spec.config
         self.run_dir = Path(spec.run_dir)
-        self.outbox = outbox
+        self.outbox: Outbox = outbox
         self.metrics = metrics
         self.listen_socket = listen_socket
         self._memory_path = spec.memory_path
