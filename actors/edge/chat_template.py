@@ -42,7 +42,9 @@ class ChatTemplate:
         Raises: RequestError 400 where the template refuses the messages.
         """
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
+            return self._template.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._special_tokens
+            )
         except jinja2.TemplateError as error:
             raise _refused(str(error)) from None
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:

@@ -182,8 +182,8 @@ def _check_request(request: ChatRequest) -> None:
     _check_stops(request)
     _refuse(request.seed is not None and request.seed >= 2**63, "seed", f" = {request.seed} is above 2**63 - 1")
     minimum, limit = request.min_tokens or 0, request.output_limit
-    if limit is not None and minimum > limit:
-        raise RequestError(f"min_tokens = {minimum} is above max_tokens = {limit}", param="min_tokens")
+    above = limit is not None and minimum > limit
+    _refuse(above, "min_tokens", f" = {minimum} is above max_tokens = {limit}")
     for name in ("temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty"):
         value = getattr(request, name)
         _refuse(value is not None and not math.isfinite(value), name, " must be a finite number")
@@ -220,8 +220,8 @@ def _check_unsupported(request: ChatRequest) -> None:
         " is supported only where stream is false",
         code,
     )
-    if request.stream_options is not None and not request.stream:
-        raise RequestError("stream_options is allowed only where stream is true", param="stream_options")
+    unstreamed = request.stream_options is not None and not request.stream
+    _refuse(unstreamed, "stream_options", " is allowed only where stream is true")
 
 
 def _short(value: object) -> str:
@@ -244,10 +244,8 @@ def _check_stops(request: ChatRequest) -> None:
 def _check_message(message: ChatMessage, param: str) -> None:
     if message.content is None:
         _refuse(not message.tool_calls, f"{param}.content", " is required", "missing_field")
-    if message.name is not None and not _NAME.fullmatch(message.name):
-        raise RequestError(
-            f"{param}.name may hold 1 to 64 letters, digits, '.', '_' and '-' only", param=f"{param}.name"
-        )
+    bad_name = message.name is not None and not _NAME.fullmatch(message.name)
+    _refuse(bad_name, f"{param}.name", " may hold 1 to 64 letters, digits, '.', '_' and '-' only")
     if isinstance(message.content, list):
         _refuse(not message.content, f"{param}.content", " is an empty list: at least one part is needed")
         for index, part in enumerate(message.content):
@@ -266,13 +264,10 @@ def _check_part(part: ContentPart, param: str) -> None:
             absent = part.image is None and part.image_url is None
             _refuse(absent, f"{param}.image", " is required", "missing_field")
         case "video_url" | "video":
-            raise RequestError("video is not supported yet", param=f"{param}.type", code="unsupported_part")
+            _refuse(True, f"{param}.type", ": video is not supported yet", "unsupported_part")
         case _:
-            raise RequestError(
-                f"{param}.type = {_short(part.type)!r} is not supported (supported: text, image_url, image)",
-                param=f"{param}.type",
-                code="unsupported_part",
-            )
+            problem = f" = {_short(part.type)!r} is not supported (supported: text, image_url, image)"
+            _refuse(True, f"{param}.type", problem, "unsupported_part")
 
 
 def image_sources(messages: Sequence[ChatMessage]) -> list[ImageSource]:

@@ -52,7 +52,17 @@ class RunningEdge:
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
         self.tokenizer = tokenizer
-        self.client = AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=20)
+        self._client: AsyncOpenAI | None = None
+
+    @property
+    def client(self) -> AsyncOpenAI:
+        if self._client is None:
+            self._client = AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=20)
+        return self._client
+
+    async def close(self) -> None:
+        if self._client is not None:
+            await self._client.close()
 
     @property
     def sent(self) -> list[Sent]:
@@ -137,7 +147,7 @@ async def running_edge(config: Config, run_dir: Path, **options: Any) -> AsyncIt
         try:
             yield running
         finally:
-            await running.client.close()
+            await running.close()
             await actor.stop(0.0)
             listener.close()
 
