@@ -86,7 +86,7 @@ def test_each_query_sees_its_sequence_up_to_itself(
 def test_patches_see_their_segment_and_nothing_else(dtype: torch.dtype, lengths: tuple[int, ...]) -> None:
     total = sum(lengths)
     heads = normal(total, 9, 20, dtype=dtype)
-    q, k, v = heads.split(3, dim=1)  # strided, as they come from a fused projection
+    q, k, v = heads.chunk(3, dim=1)  # strided, as they come from a fused projection
     cu_seqlens = torch.tensor([sum(lengths[:n]) for n in range(len(lengths) + 1)], dtype=torch.int32)
     attended = vision_attention(q, k, v, cu_seqlens, lengths, SCALE)
     segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
