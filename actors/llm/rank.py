@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from vlmrt.actors.llm.cpu_threads import CpuThreads
 from vlmrt.actors.llm.kv_cache import allocate, num_blocks_that_fit
 from vlmrt.actors.llm.process_group import RankGroup, join_group
 from vlmrt.actors.llm.runner import PendingStep, Runner
@@ -94,7 +95,8 @@ def load_rank(context: ActorContext) -> LoadedRank:
         model_config = load_model_config(Path(config.model.directory))
         check_tensor_parallel(model_config, config.parallel.tp)
         files = check_weight_files(Path(config.model.directory))
-        context.progress("joining ranks", 0, config.parallel.tp)
+        if config.parallel.tp > 1:
+            context.progress("joining ranks", 0, config.parallel.tp)
         group = join_group(
             context.index,
             config.parallel.tp,
@@ -115,7 +117,8 @@ def load_rank(context: ActorContext) -> LoadedRank:
         num_blocks = group.smallest(num_blocks_that_fit(config, model_config.text, dtype, device))
         kv = allocate(num_blocks, config.scheduling.block_size, model_config.text, config.parallel.tp, dtype, device)
         slots = Slots(config.scheduling.max_num_seqs, config.model.max_model_len, config.scheduling.block_size)
-        runner = Runner(model, kv, slots, model_config.vision.spatial_merge_size, device)
+        threads = CpuThreads(model, config.parallel.llm_threads) if device.type == "cpu" else None
+        runner = Runner(model, kv, slots, model_config.vision.spatial_merge_size, device, threads)
         _warm_up(runner, 1, CPU_WARM_UP_TOKENS, num_blocks, config)
     return LoadedRank(num_blocks, group, runner, context)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vlmrt.actors.llm.batch import HostBatch, MergePart, build_batch
+from vlmrt.actors.llm.cpu_threads import CpuThreads
 from vlmrt.actors.llm.kv_cache import KvCache
 from vlmrt.actors.llm.sampler import Sampler
 from vlmrt.actors.llm.slots import PlanError, Slots
@@ -38,8 +39,17 @@ class PendingStep:
 class Runner:
     """The model, its KV cache, the slots and the slabs that image rows come from."""
 
-    def __init__(self, model: LanguageModel, kv: KvCache, slots: Slots, merge_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        kv: KvCache,
+        slots: Slots,
+        merge_size: int,
+        device: torch.device,
+        cpu_threads: CpuThreads | None = None,
+    ) -> None:
         self._model = model
+        self._cpu_threads = cpu_threads
         self._kv = kv
         self._slots = slots
         self._merge_size = merge_size
@@ -73,6 +83,8 @@ class Runner:
         batch = build_batch(plan, self._slots, self._merge_size)
         for sequence in plan.admit:
             self._sampler.admit(sequence.slot)
+        if self._cpu_threads is not None:
+            self._cpu_threads.set_for(batch.num_tokens)
         with torch.inference_mode():
             token_ids = self._forward(batch) if batch.num_tokens else torch.zeros(0, dtype=torch.int64)
             done = None
