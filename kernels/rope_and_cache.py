@@ -8,23 +8,33 @@ from vlmrt.kernels.rotary import rotate_reference
 
 def write_cache_reference(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """Write row i of k and v into slot slot_mapping[i]; rows with slot -1 are skipped."""
+    k_slots, v_slots = (cache.view(-1, *cache.shape[2:]) for cache in (k_cache, v_cache))
     if slot_mapping.device.type == "cpu":
         if int(slot_mapping.min()) < 0:
             kept = slot_mapping >= 0
             k, v, slot_mapping = k[kept], v[kept], slot_mapping[kept]
     else:
-        # No synchronisation: a skipped row repeats the write of a kept one, or, when there is none, writes back
-        # what slot 0 holds; equal values in one slot are no race.
-        kept = slot_mapping >= 0
-        rows = torch.arange(slot_mapping.shape[0], device=slot_mapping.device)
-        source = torch.where(kept, rows, kept.to(torch.int32).argmax())
-        slot_mapping = slot_mapping[source]
-        nothing = (slot_mapping < 0)[:, None, None]
-        k = torch.where(nothing, k_cache[0, 0].to(k.dtype), k[source])
-        v = torch.where(nothing, v_cache[0, 0].to(v.dtype), v[source])
-        slot_mapping = slot_mapping.clamp(min=0)
-    k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, slot_mapping, k.to(k_cache.dtype))
-    v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slot_mapping, v.to(v_cache.dtype))
+        k, v, slot_mapping = without_skipped_rows(k, v, k_slots, v_slots, slot_mapping)
+    k_slots.index_copy_(0, slot_mapping, k.to(k_cache.dtype))
+    v_slots.index_copy_(0, slot_mapping, v.to(v_cache.dtype))
+
+
+def without_skipped_rows(
+    k: Tensor, v: Tensor, k_slots: Tensor, v_slots: Tensor, slot_mapping: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(k, v, slots) of as many rows, in which skipped rows change nothing; does not wait for the device.
+
+    A skipped row repeats the write of a kept one or, when there is none, writes back what slot 0 holds: equal values
+    in one slot are no race.
+    """
+    kept = slot_mapping >= 0
+    rows = torch.arange(slot_mapping.shape[0], device=slot_mapping.device)
+    source = torch.where(kept, rows, kept.to(torch.int32).argmax())
+    slots = slot_mapping[source]
+    nothing = (slots < 0)[:, None, None]
+    k = torch.where(nothing, k_slots[0].to(k.dtype), k[source])
+    v = torch.where(nothing, v_slots[0].to(v.dtype), v[source])
+    return k, v, slots.clamp(min=0)
 
 
 def rope_and_cache(

@@ -8,7 +8,7 @@ import torch
 from tests.kernels.exactness import DTYPES, assert_as_exact_as_eager, normal
 from vlmrt.kernels.embed_merge import embed_merge, embed_merge_reference
 from vlmrt.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
-from vlmrt.kernels.rope_and_cache import rope_and_cache
+from vlmrt.kernels.rope_and_cache import rope_and_cache, without_skipped_rows
 from vlmrt.kernels.rotary import rotary_tables, rotate, rotate_reference
 from vlmrt.kernels.silu_and_mul import silu_and_mul, silu_and_mul_reference
 
@@ -77,6 +77,19 @@ def test_rope_and_cache_writes_its_slots_and_no_others(dtype: torch.dtype, skipp
     expected_v[slots[kept]] = v[kept]
     assert torch.equal(k_cache.view(32, 2, 32), expected_k)
     assert torch.equal(v_cache.view(32, 2, 32), expected_v)
+
+
+@pytest.mark.parametrize("slots", [(3, -1, 5), (-1, 0, 2), (-1, -1, -1), (4, 1, 0)])
+def test_skipped_rows_change_nothing_also_where_the_device_is_not_waited_for(slots: tuple[int, ...]) -> None:
+    k, v, cache = normal(3, 2, 4), normal(3, 2, 4, seed=1), normal(6, 2, 4, seed=2)
+    expected_k, expected_v = cache.clone(), cache.clone()
+    for row, slot in enumerate(slots):
+        if slot >= 0:
+            expected_k[slot], expected_v[slot] = k[row], v[row]
+    k_slots, v_slots = cache.clone(), cache.clone()
+    k, v, targets = without_skipped_rows(k, v, k_slots, v_slots, torch.tensor(slots))
+    assert torch.equal(k_slots.index_copy_(0, targets, k), expected_k)
+    assert torch.equal(v_slots.index_copy_(0, targets, v), expected_v)
 
 
 def test_embed_merge_overwrites_placeholders_in_place() -> None:

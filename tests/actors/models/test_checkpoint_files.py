@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,9 +20,15 @@ CPU = torch.device("cpu")
 FIRST = "model-00001-of"
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("made"), "test-qwen2-vl", shard_bytes=1_000_000)
+
+
 @pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    return make_checkpoint(tmp_path, "test-qwen2-vl", shard_bytes=1_000_000)
+def directory(made: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(made, tmp_path / "copy"))
 
 
 def shard(directory: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,15 @@ from vlmrt.actors.models.registry import (
 from vlmrt.tools.checkpoint import make_checkpoint
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("made"), "test-qwen2-vl", weights=False)
+
+
 @pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    return make_checkpoint(tmp_path, "test-qwen2-vl", weights=False)
+def directory(made: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(made, tmp_path / "copy"))
 
 
 def change(file: Path, **fields: Any) -> None:
