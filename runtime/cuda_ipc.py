@@ -7,6 +7,7 @@ between processes is the host's: EmbedsReady is sent once the host has seen the 
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING, Any
 
 from vlmrt.runtime.errors import StartupError
@@ -16,8 +17,9 @@ from vlmrt.runtime.slab import SlabDtype, slab_bytes
 if TYPE_CHECKING:
     import torch
 
-# what __cuda_array_interface__ can say; bfloat16 has no code of its own there and goes as 16-bit integers
-_TYPESTR: dict[SlabDtype, str] = {"float32": "<f4", "float16": "<f2", "bfloat16": "<i2"}
+_BLOCK_BYTES = 2 << 20  # a smaller cudaMalloc may share its block, and the handle then means the whole block
+_DLPACK_CUDA = 2  # kDLCUDA
+_DLPACK_TYPES: dict[SlabDtype, tuple[int, int]] = {"float32": (2, 32), "float16": (2, 16), "bfloat16": (4, 16)}
 
 
 class CudaSlab:
@@ -32,12 +34,13 @@ class CudaSlab:
         self._device = device  # where this process works; the memory lies on export.device
         self._export = export
         self._is_owner = is_owner
+        self._tensor: torch.Tensor | None = None
 
     @classmethod
     def create(cls, device: int, *, num_pages: int, page_rows: int, width: int, dtype: SlabDtype) -> CudaSlab:
         """Allocate on this device.  Raises StartupError naming --embedding-cache-gib if there is no room."""
         cudart = _cudart()
-        num_bytes = slab_bytes(num_pages, page_rows, width, dtype)
+        num_bytes = -(-slab_bytes(num_pages, page_rows, width, dtype) // _BLOCK_BYTES) * _BLOCK_BYTES
         _call(cudart, "cudaSetDevice", device)
         try:
             address = int(_call(cudart, "cudaMalloc", num_bytes))
@@ -70,16 +73,11 @@ class CudaSlab:
 
     def tensor(self) -> torch.Tensor:
         """A view of the whole slab, [num_pages * page_rows, width], usable by kernels on this process's device."""
-        import torch
-
-        flat = torch.as_tensor(_DeviceArray(self), device=f"cuda:{self._device}")
-        if self.dtype == "bfloat16":
-            flat = flat.view(torch.bfloat16)
-        return flat
-
-    @property
-    def address(self) -> int:
-        return self._address
+        assert self._address != 0, "the slab is closed"
+        if self._tensor is None:
+            shape = (self.num_pages * self.page_rows, self.width)
+            self._tensor = tensor_at(self._address, shape, self.dtype, _DLPACK_CUDA, self._device)
+        return self._tensor
 
     def export(self) -> CudaSlabExport:
         return self._export
@@ -89,25 +87,48 @@ class CudaSlab:
         if self._address == 0:
             return
         cudart = _cudart()
-        address, self._address = self._address, 0
+        address, self._address, self._tensor = self._address, 0, None
         _call(cudart, "cudaSetDevice", self._device)
         _call(cudart, "cudaDeviceSynchronize")
         _call(cudart, "cudaFree" if self._is_owner else "cudaIpcCloseMemHandle", address)
 
 
-class _DeviceArray:
-    """What torch.as_tensor reads; it keeps the slab alive as long as the tensor."""
+class _DLTensor(ctypes.Structure):
+    """DLManagedTensor of the DLPack ABI (version 0, as PyCapsule "dltensor" carries it)."""
 
-    def __init__(self, slab: CudaSlab) -> None:
-        self._slab = slab
-        self.__cuda_array_interface__ = {
-            "shape": (slab.num_pages * slab.page_rows, slab.width),
-            "typestr": _TYPESTR[slab.dtype],
-            "data": (slab.address, False),
-            "strides": None,
-            "version": 3,
-            "stream": None,
-        }
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("dtype_code", ctypes.c_uint8),
+        ("dtype_bits", ctypes.c_uint8),
+        ("dtype_lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.c_void_p),  # none: row-major
+        ("byte_offset", ctypes.c_uint64),
+        ("manager_context", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),  # none: the memory is the slab's
+    )
+
+
+def tensor_at(address: int, shape: tuple[int, int], dtype: SlabDtype, device_type: int, device_id: int) -> torch.Tensor:
+    """A tensor over memory that is not torch's.
+
+    DLPack, since it states the device: by __cuda_array_interface__ torch asks the driver, which names the device that
+    holds peer memory instead of the one that mapped it, and `as_tensor` would then copy the slab.
+    """
+    from torch.utils.dlpack import from_dlpack
+
+    code, bits = _DLPACK_TYPES[dtype]
+    sizes = (ctypes.c_int64 * 2)(*shape)
+    described = _DLTensor(address, device_type, device_id, 2, code, bits, 1, sizes, None, 0, None, None)
+    python = ctypes.pythonapi
+    python.Py_IncRef(ctypes.py_object(described))  # for good: torch reads it once more when the tensor goes
+    python.PyCapsule_New.restype = ctypes.py_object
+    python.PyCapsule_New.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+    tensor: torch.Tensor = from_dlpack(python.PyCapsule_New(ctypes.addressof(described), b"dltensor", None))
+    return tensor
 
 
 class CudaError(RuntimeError):
