@@ -42,18 +42,18 @@ class Encoder:
         self, engine: VisionEngine[Any], slab: EmbeddingSlab, reader: PixelReader, vision: VisionConfig
     ) -> None:
         self._engine = engine
-        self._slab = slab
+        self.slab = slab
         self._reader = reader
         self._vision = vision
         self.beat_s = time.monotonic()  # when the last quantum ended; who waits for a batch sees whether it moves
 
     @property
     def export(self) -> SlabExport:
-        return self._slab.export()
+        return self.slab.export()
 
     def close(self) -> None:
         self._reader.close()
-        self._slab.close()
+        self.slab.close()
 
     def encode(self, batch: Sequence[Encode]) -> list[Answer]:
         """Encode a batch; an image that cannot be read or encoded fails alone.  Returns when the rows are in the slab.
@@ -91,12 +91,12 @@ class Encoder:
             self.beat_s = time.monotonic()
         rows = self._engine.rows(run)
         index = np.concatenate(
-            [row_index(image.encode.pages, 0, image.num_rows, self._slab.page_rows) for image in images]
+            [row_index(image.encode.pages, 0, image.num_rows, self.slab.page_rows) for image in images]
         )
         if rows.shape != (len(index), self._vision.out_hidden_size):
             raise ValueError(f"the engine gave rows {list(rows.shape)} for {len(index)} places")
         with torch.inference_mode():
-            target = self._slab.tensor()
+            target = self.slab.tensor()
             target.index_copy_(0, torch.from_numpy(index).to(target.device), rows.to(target.dtype))
         if target.device.type == "cuda":
             torch.cuda.current_stream(target.device).synchronize()
@@ -126,9 +126,9 @@ class Encoder:
         if encode.pixels.num_bytes != math.prod(encode.shape):
             raise _bad_encode(f"{encode.pixels.num_bytes} bytes of pixels for shape {encode.shape}")
         num_rows = frames * height * width // merge**2
-        pages, num_pages = encode.pages, self._slab.num_pages
-        if len(pages) != -(-num_rows // self._slab.page_rows) or len(set(pages)) != len(pages):
-            raise _bad_encode(f"{len(pages)} pages of {self._slab.page_rows} rows for {num_rows} rows")
+        pages, num_pages = encode.pages, self.slab.num_pages
+        if len(pages) != -(-num_rows // self.slab.page_rows) or len(set(pages)) != len(pages):
+            raise _bad_encode(f"{len(pages)} pages of {self.slab.page_rows} rows for {num_rows} rows")
         if min(pages) < 0 or max(pages) >= num_pages:
             raise _bad_encode(f"pages {min(pages)} to {max(pages)} are not within the slab's {num_pages}")
         return num_rows

@@ -55,14 +55,14 @@ class RowPages(Protocol):
 class FakeSlab:
     """An EmbeddingSlab in plain memory."""
 
-    def __init__(self, num_pages: int, page_rows: int, width: int) -> None:
+    def __init__(self, num_pages: int, page_rows: int, width: int, device: str = "cpu") -> None:
         self.num_pages = num_pages
         self.page_rows = page_rows
         self.width = width
         self.dtype: SlabDtype = "float32"
         self.closed = False
         self.free_pages = random.Random(0).sample(range(num_pages), num_pages)
-        self._rows = torch.full((num_pages * page_rows, width), float("nan"))
+        self._rows = torch.full((num_pages * page_rows, width), float("nan"), device=device)
 
     def tensor(self) -> Tensor:
         return self._rows
@@ -210,14 +210,16 @@ class Driver:
             self.take(running[0], running[1], self.runner.complete(running[2]))
 
 
-def make_runner(model: LanguageModel, config: ModelConfig, tp: TensorParallel, slab: FakeSlab | None = None) -> Runner:
-    device = torch.device("cpu")
-    kv = allocate(NUM_BLOCKS, BLOCK_SIZE, config.text, tp.size, torch.float32, device)
+def make_runner(
+    model: LanguageModel, config: ModelConfig, tp: TensorParallel, slab: FakeSlab | None = None, device: str = "cpu"
+) -> Runner:
+    on = torch.device(device)
+    kv = allocate(NUM_BLOCKS, BLOCK_SIZE, config.text, tp.size, torch.float32, on)
     for keys, values in kv:  # unwritten slots hold what an earlier request left: it must not matter
         keys.fill_(float("nan"))
         values.fill_(float("nan"))
     slots = Slots(NUM_SLOTS, MAX_MODEL_LEN, BLOCK_SIZE)
-    runner = Runner(model, kv, slots, config.vision.spatial_merge_size, device)
+    runner = Runner(model, kv, slots, config.vision.spatial_merge_size, on)
     if slab is not None:
         runner.attach((VIT, VIT_EPOCH), slab)
     return runner

@@ -1,0 +1,73 @@
+"""The same rank on a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+
+from tests.actors.llm.conftest import Checkpoint
+from tests.actors.llm.driver import PAGE_ROWS, Driver, FakeSlab, Request, make_runner
+from tests.actors.llm.rank_process import NUM_STEPS, plans, until_run
+from tests.actors.llm.test_runner import GRIDS
+from tests.support import FakeContext, make_config, peer_up
+from vlmrt.actors.llm.actor import LlmActor
+from vlmrt.actors.models.checkpoint_files import check_weight_files
+from vlmrt.actors.models.layers import TensorParallel
+from vlmrt.actors.models.registry import family
+from vlmrt.runtime.actor import ActorContext
+from vlmrt.runtime.config import MemoryOptions, ParallelOptions, SchedulingOptions
+from vlmrt.runtime.messages import ActorName, SchedulerReady, StepResult
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def test_steps_launched_ahead_give_the_reference_s_tokens(checkpoint: Checkpoint) -> None:
+    device = "cuda:0"
+    model = family(checkpoint.config.model_type).load_language(
+        check_weight_files(checkpoint.directory),
+        checkpoint.config,
+        TensorParallel(),
+        torch.device(device),
+        torch.float32,
+    )
+    slab = FakeSlab(64, PAGE_ROWS, checkpoint.config.text.hidden_size, device)
+    driver = Driver(make_runner(model, checkpoint.config, TensorParallel(), slab, device))
+    pairs = [checkpoint.prompt(10 + seed, 11 + seed, grids, slab) for seed, grids in enumerate(GRIDS)]
+    running: list[Request] = []
+    for request, _ in pairs:
+        driver.admit(request)
+        while request.num_computed < request.num_prompt_tokens:
+            chunk = min(6, request.num_prompt_tokens - request.num_computed)
+            driver.run([(other, 1) for other in running] + [(request, chunk)])
+        running.append(request)
+    driver.decode(running, 8)
+    for request, inputs in pairs:
+        checkpoint.reference.judge(inputs, request.output_ids)
+
+
+@pytest.mark.parametrize("memory", [MemoryOptions(kv_cache_gib=0.5), MemoryOptions(gpu_memory_fraction=0.2)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+async def test_a_rank_starts_and_answers(
+    one_checkpoint: Checkpoint, tmp_path: Path, memory: MemoryOptions, dtype: str
+) -> None:
+    config = make_config(
+        one_checkpoint.directory,
+        memory=memory,
+        parallel=ParallelOptions(device="cuda", dtype="bfloat16" if dtype == "bfloat16" else "float32"),
+        scheduling=SchedulingOptions(max_num_seqs=16, block_size=16),
+    )
+    async with FakeContext("llm:0", tmp_path, config, device="cuda:0") as context:
+        actor = LlmActor(cast(ActorContext, context))
+        ready = await actor.start()
+        assert ready.num_blocks > 1000
+        await actor.peer_up(peer_up("scheduler:0", SchedulerReady()))
+        for plan in plans(100, NUM_STEPS):
+            await actor.handle(plan, ActorName("scheduler:0"))
+        await until_run(context, NUM_STEPS)
+        await actor.stop(30.0)
+        results = [cast(StepResult, sent.message) for sent in context.outbox.take()]
+        assert [result.step for result in results] == list(range(1, NUM_STEPS + 1))
+        assert [len(result.token_ids) for result in results] == [1] + [2] * (NUM_STEPS - 1)

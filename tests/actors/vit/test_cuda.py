@@ -1,0 +1,59 @@
+"""The same tower on a GPU, its slab in device memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+
+from tests.actors.vit.conftest import Checkpoint
+from tests.actors.vit.test_actor import PAGE_ROWS, SCHEDULER, SIZES, picture
+from tests.support import FakeContext, FakeMemory, make_config, peer_up
+from vlmrt.actors.vit.actor import VitActor
+from vlmrt.actors.vit.loading import load_encoder
+from vlmrt.runtime.actor import ActorContext
+from vlmrt.runtime.config import MemoryOptions, ParallelOptions
+from vlmrt.runtime.messages import CudaSlabExport, EmbedsReady, Encode, MmHash, SchedulerReady
+from vlmrt.runtime.shared_memory import PixelArena
+from vlmrt.runtime.slab import num_pages_for, row_index
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+async def test_rows_in_device_memory_equal_the_reference(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    config = make_config(
+        checkpoint.directory,
+        memory=MemoryOptions(embedding_cache_gib=1 / 64, page_rows=PAGE_ROWS),
+        parallel=ParallelOptions(device="cuda", max_patches_per_batch=100),
+    )
+    memory = FakeMemory()
+    async with FakeContext("vit:0", tmp_path, config, device="cuda:0", memory=memory) as context:
+        encoder = load_encoder(cast(ActorContext, context))
+        actor = VitActor(cast(ActorContext, context), lambda _: encoder)
+        ready = await actor.start()
+        assert isinstance(ready.slab, CudaSlabExport)
+        await actor.peer_up(peer_up("scheduler:0", SchedulerReady()))
+        arena = PixelArena.create(FakeContext("media:0", tmp_path, config, memory=memory), 1 << 22)
+        messages, first_page = [], 5
+        for number, size in enumerate(SIZES):
+            each = picture(number, size)
+            ref = arena.write(each.pixels)
+            assert ref is not None
+            num_pages = num_pages_for(each.num_rows, PAGE_ROWS)
+            pages = tuple(reversed(range(first_page, first_page + num_pages)))
+            first_page += num_pages
+            height, width = each.pixels.shape[1:3]
+            messages.append(Encode(number, MmHash("h"), each.grid_thw, ref, (1, height, width, 3), pages))
+            await actor.handle(messages[-1], SCHEDULER)
+        for _ in messages:
+            answer = (await context.outbox.next(60.0)).message
+            assert isinstance(answer, EmbedsReady), answer
+        for number, (message, size) in enumerate(zip(messages, SIZES, strict=True)):
+            expected = picture(number, size).rows(checkpoint)
+            index = torch.from_numpy(row_index(message.pages, 0, len(expected), PAGE_ROWS)).cuda()
+            rows = encoder.slab.tensor()[index].cpu()
+            assert (rows - expected).abs().max() <= 1e-4 * expected.abs().max()
+        await actor.stop(5.0)
+        arena.close()
