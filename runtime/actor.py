@@ -119,6 +119,7 @@ ActorFactory = Callable[[ActorContext], Actor[Any]]
 
 _MESSAGES_PER_TURN = 32  # then heartbeats and the actor's own tasks get theirs
 _EXIT_MARGIN_S = 2.0
+_MAX_SHARED_BYTES = 1 << 20  # a StepPlan for many ranks, not an image for one worker
 
 logger = logging.getLogger(__name__)
 
@@ -154,9 +155,12 @@ class PeerOutbox:
         if entry is None:
             self._metrics.add("unsent_messages_total")
             return False
-        if self._last is None or self._last[0] is not message:
-            self._last = (message, encode_message(message))
-        entry[1].send(self._last[1])
+        if self._last is not None and self._last[0] is message:
+            body = self._last[1]
+        else:
+            body = encode_message(message)
+            self._last = (message, body) if len(body) <= _MAX_SHARED_BYTES else None
+        entry[1].send(body)
         return True
 
     def close(self) -> None:

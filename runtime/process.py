@@ -36,6 +36,7 @@ def main(spec_path: str) -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the supervisor's Shutdown decides
     spec = msgspec.msgpack.decode(Path(spec_path).read_bytes(), type=ProcessSpec)
+    Path(spec_path).unlink()
     _die_with_parent(spec.parent_pid, spec.actor.name)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)

@@ -197,7 +197,7 @@ class Supervisor:
         self._listener = stack.enter_context(bind_http(self._config.server))
         self.url = _url(self._listener)
         zmq_context = new_context()
-        stack.callback(zmq_context.term)
+        stack.callback(zmq_context.destroy, 0)
         run_dir = RunDir()
         stack.callback(run_dir.remove)
         self.run_dir = run_dir.path
@@ -210,7 +210,7 @@ class Supervisor:
         )
         stack.callback(self._memory.close)
         self._control_address = control_address(run_dir.path)
-        self._control = ControlServer(zmq_context, self._control_address, self._on_report, self._metrics)
+        self._control = ControlServer(zmq_context, self._control_address, self._take_report, self._metrics)
         stack.callback(self._control.close)
         if self._handle_signals:
             loop = asyncio.get_running_loop()
@@ -339,6 +339,7 @@ class Supervisor:
         was_up, name, epoch = member.is_up, member.spec.name, member.epoch
         member.end("failed" if self._stop.is_set() else "restarting")
         self._memory.drop(name, epoch)
+        Path(member.address.removeprefix("ipc://")).unlink(missing_ok=True)
         if was_up:
             for peer in self._table.told_about(member):
                 self._send(peer, PeerDown(name, epoch))
@@ -346,6 +347,14 @@ class Supervisor:
             self._observer.actor_down(name, epoch, reason)
 
     # ------------------------------------------------------------ what actors say
+
+    def _take_report(self, sender: ActorName, epoch: Epoch, report: ActorReport) -> None:
+        """Called from the event loop, which would only log an exception and leave the table half changed."""
+        try:
+            self._on_report(sender, epoch, report)
+        except Exception as error:
+            logger.exception("%s of %s could not be processed", type(report).__name__, sender)
+            self._fail(f"internal error: {error!r}")
 
     def _on_report(self, sender: ActorName, epoch: Epoch, report: ActorReport) -> None:
         member = self._table.find(sender, epoch)

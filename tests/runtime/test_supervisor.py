@@ -16,6 +16,8 @@ import pytest
 from tests.runtime.services import (
     SHARED_MEMORY,
     LeftBehind,
+    RecordingObserver,
+    Service,
     children_of,
     fake_config,
     read_events,
@@ -26,6 +28,11 @@ from tests.runtime.services import (
 from vlmrt.runtime.topology import ActorKind
 
 pytestmark = pytest.mark.usefixtures("run_root")
+
+
+def run_files(running: Service) -> list[Path]:
+    assert running.supervisor.run_dir is not None
+    return list(running.supervisor.run_dir.iterdir())
 
 
 async def test_two_actors_are_linked_and_messages_flow_both_ways(tmp_path: Path) -> None:
@@ -52,6 +59,8 @@ async def test_a_killed_actor_is_announced_down_and_comes_back_with_the_next_epo
         status = running.supervisor._table.status(time.monotonic(), ready=True)
         scheduler = next(actor for actor in status.actors if actor.actor == "scheduler:0")
         assert (scheduler.epoch, scheduler.num_restarts, scheduler.state) == (2, 1, "ready")
+        sockets = sorted(path.name for path in run_files(running) if path.suffix == ".sock")
+        assert sockets == ["control.sock", "edge-0.1.sock", "memory.sock", "scheduler-0.2.sock"]
         assert any("killed by SIGKILL" in entry[3] for entry in running.observer.of("down"))
 
 
@@ -171,6 +180,18 @@ async def test_heartbeats_go_on_while_a_thread_loads(tmp_path: Path) -> None:
 
         await running.until(loaded, "ready")
         assert len(set(beats)) >= 3
+
+
+async def test_an_observer_that_raises_ends_the_service_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise BrokenPipeError("planted")
+
+    monkeypatch.setattr(RecordingObserver, "actor_up", broken)
+    async with service(fake_config(tmp_path), {"edge": "Recorder", "scheduler": "Recorder"}, tmp_path) as running:
+        assert await asyncio.wait_for(running.ended, 30) == 1
+    assert running.observer.of("failed") == [("failed", "internal error: BrokenPipeError('planted')")]
 
 
 async def test_a_port_in_use_is_an_error_before_any_process_starts(tmp_path: Path) -> None:
