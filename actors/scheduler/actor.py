@@ -41,7 +41,7 @@ class SchedulerActor:
         self._wake: asyncio.TimerHandle | None = None
 
     async def start(self) -> Capabilities:
-        self._context.create_task(self._copy_metrics(), "metrics")
+        self._context.create_task(self._copy_metrics_forever(), "metrics")
         return SchedulerReady()
 
     async def peer_up(self, peer: PeerUp) -> None:
@@ -94,19 +94,17 @@ class SchedulerActor:
 
     # ------------------------------------------------------------ metrics
 
-    async def _copy_metrics(self) -> None:
+    async def _copy_metrics_forever(self) -> None:
         while True:
-            self._copy_counters()
-            self._set_gauges()
+            self.copy_metrics()
             await asyncio.sleep(_METRICS_PERIOD_S)
 
-    def _copy_counters(self) -> None:
+    def copy_metrics(self) -> None:
+        """State's counters and gauges -> metrics."""
         metrics = self._context.metrics
         for name, value in self._state.totals().items():
             if value > self._copied.get(name, 0):
                 metrics.add(name, value - self._copied.get(name, 0))
                 self._copied[name] = value
-
-    def _set_gauges(self) -> None:
-        for name, value in self._state.gauges().items():
-            self._context.metrics.set(name, value)
+        for name, gauge in self._state.gauges().items():
+            metrics.set(name, gauge)

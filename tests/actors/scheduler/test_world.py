@@ -2,11 +2,97 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from tests.actors.scheduler.world import Sizes, run_world
+from tests.actors.scheduler.world import Sizes, World, run_world
+
+NUM_WORLDS = 60
+NUM_WORLDS_SOAK = 3000
+
+any_sizes = st.builds(
+    Sizes,
+    num_blocks=st.sampled_from((12, 18, 24, 60)),
+    block_size=st.sampled_from((1, 3, 4)),
+    num_pages=st.sampled_from((5, 7, 8, 16)),
+    arena_bytes=st.sampled_from((6_000, 12_000, 30_000, 100_000)),
+    max_num_seqs=st.sampled_from((1, 2, 4, 8)),
+    max_waiting=st.sampled_from((0, 5, 20)),
+    max_num_batched_tokens=st.sampled_from((4, 8, 12, 40)),
+    tp=st.sampled_from((1, 2)),
+    num_vits=st.sampled_from((1, 2)),
+    num_media=st.sampled_from((1, 2)),
+    num_edges=st.sampled_from((1, 2)),
+    prefix_caching=st.booleans(),
+    embedding_caching=st.booleans(),
+)
+seeds = st.integers(0, 2**32)
+unhurried = {"deadline": None, "suppress_health_check": (HealthCheck.too_slow,), "database": None}
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_every_request_ends_once_with_the_tokens_it_would_have_got_alone(seed: int) -> None:
-    run_world(Sizes(), seed, 60)
+@settings(max_examples=NUM_WORLDS, **unhurried)  # type: ignore[arg-type]
+@given(any_sizes, seeds, st.booleans(), st.booleans())
+def test_every_request_ends_once_with_the_tokens_it_would_have_got_alone(
+    sizes: Sizes, seed: int, deaths: bool, aborts: bool
+) -> None:
+    run_world(sizes, seed, 40, deaths=deaths, aborts=aborts)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@settings(max_examples=NUM_WORLDS_SOAK, **unhurried)  # type: ignore[arg-type]
+@given(any_sizes, seeds, st.booleans(), st.booleans())
+def test_every_request_of_thousands_of_services_ends_once_with_its_tokens(
+    sizes: Sizes, seed: int, deaths: bool, aborts: bool
+) -> None:
+    run_world(sizes, seed, 80, deaths=deaths, aborts=aborts)
+
+
+def test_caches_do_not_change_what_is_generated() -> None:
+    sizes = Sizes(max_waiting=100, num_blocks=60)
+    worlds = [
+        run_world(
+            dataclasses.replace(sizes, prefix_caching=prefix, embedding_caching=embedding),
+            7,
+            60,
+            deaths=False,
+            aborts=False,
+        )
+        for prefix in (False, True)
+        for embedding in (False, True)
+    ]
+    ends = [{name: (c.token_ids, c.finish_reason, c.error) for name, c in w.clients.items()} for w in worlds]
+    assert ends[0] == ends[1] == ends[2] == ends[3]
+    assert len(ends[0]) == 60
+    without, with_both = worlds[0], worlds[-1]
+    assert num_encoded(with_both) < num_encoded(without)
+    assert without.state.counters.prompt_tokens_cached == 0
+    assert with_both.state.counters.prompt_tokens_cached > 100
+
+
+def num_encoded(world: World) -> int:
+    return sum(vit.num_encoded for vit in world.vits.values())
+
+
+def test_the_random_services_do_what_they_are_meant_to_try() -> None:
+    """Preemptions, displaced rows, dropped pixels, discarded tokens, recoveries: all of them happen."""
+    tight = Sizes(num_blocks=18, num_pages=7, arena_bytes=12_000, max_num_batched_tokens=8)
+    worlds = [run_world(tight, seed, 80) for seed in range(6)]
+    for name in (
+        "preemptions",
+        "embed_displacements",
+        "discarded_tokens",
+        "recoveries",
+        "unwanted_pixels",
+        "embed_hits",
+        "prompt_tokens_cached",
+        "requests_aborted",
+        "requests_stopped",
+        "requests_cut",
+        "requests_failed",
+        "requests_refused",
+    ):
+        assert sum(getattr(world.state.counters, name) for world in worlds) > 0, name

@@ -101,8 +101,10 @@ class Incarnation:
 
 
 class World:
-    def __init__(self, sizes: Sizes, rng: random.Random) -> None:
-        self.sizes, self.rng = sizes, rng
+    def __init__(self, sizes: Sizes, seed: int) -> None:
+        self.sizes = sizes
+        self.rng = random.Random(seed)
+        self.request_rng = random.Random(seed + 1)  # its own, so that requests do not depend on what happens to them
         self.state = State(
             make_config(
                 model=ModelOptions(directory="", served_names=("fake",), max_model_len=sizes.max_model_len),
@@ -126,6 +128,7 @@ class World:
         self.medias: dict[tuple[ActorName, Epoch], FakeMedia] = {}
         self.vits: dict[tuple[ActorName, Epoch], FakeVit] = {}
         self.llms: dict[Epoch, FakeLlm] = {}
+        self.submits: list[Submit] = []
         self.clients: dict[RequestId, Client] = {}
         self.edge_of: dict[RequestId, tuple[ActorName, Epoch]] = {}
         self.num_deaths: dict[str, int] = {"media": 0, "vit": 0, "llm": 0, "edge": 0}
@@ -369,52 +372,66 @@ class World:
 
     # ------------------------------------------------------------ random requests
 
-    def random_submit(self, number: int) -> Submit:
-        """Few beginnings and few images, so that caches hit; now and then something impossible."""
-        rng, sizes = self.rng, self.sizes
-        token_ids: list[int] = []
-        media: list[MediaItem] = []
-        words = random.Random(rng.randrange(3))
-        for _ in range(rng.randrange(4)):
-            token_ids += [words.randrange(1, VOCABULARY) for _ in range(words.randrange(1, 9))]
-            if rng.random() < 0.5:
-                mm_hash, grid_thw = self._random_image()
-                media.append(MediaItem(mm_hash, len(token_ids), num_rows_of(grid_thw), grid_thw))
-                token_ids += [IMAGE_TOKEN] * num_rows_of(grid_thw)
+    def random_submit(self) -> Submit:
+        """Few beginnings, few images and second turns, so that caches hit; now and then something impossible."""
+        rng, sizes = self.request_rng, self.sizes
+        salt = rng.choice(("", "", "tenant"))
+        if self.submits and rng.random() < 0.3:
+            token_ids, media, salt = self._second_turn(rng.choice(self.submits))
+        else:
+            token_ids, media = self._beginning(random.Random(rng.randrange(3)), rng.randrange(5))
         token_ids += [rng.randrange(1, VOCABULARY) for _ in range(rng.randrange(0 if token_ids else 1, 9))]
         if rng.random() < 0.02:
             token_ids += [2] * sizes.max_model_len
-        return Submit(
-            RequestId(f"r{number}"),
+        submit = Submit(
+            RequestId(f"r{len(self.submits)}"),
             tuple(token_ids),
             tuple(media),
             0,
             Sampling(seed=rng.randrange(2)),
             stop_rule(rng.choice((1, 2, 5, 12, 30, 100)), rng.choice((0, 0, 3, 8))),
-            cache_salt=rng.choice(("", "", "tenant")),
+            cache_salt=salt,
             priority=rng.choice((0, 0, 0, 1)),
         )
+        self.submits.append(submit)
+        return submit
 
-    def _random_image(self) -> tuple[MmHash, tuple[int, int, int]]:
-        draw = self.rng.random()
+    def _beginning(self, story: random.Random, num_parts: int) -> tuple[list[int], list[MediaItem]]:
+        """The first parts of one of a few stories; a picture may be another one."""
+        token_ids: list[int] = []
+        media: list[MediaItem] = []
+        for _ in range(num_parts):
+            token_ids += [story.randrange(1, VOCABULARY) for _ in range(story.randrange(1, 9))]
+            has_image, draw, index = story.random() < 0.6, story.random(), story.randrange(6)
+            if self.request_rng.random() < 0.2:
+                draw, index = self.request_rng.random(), self.request_rng.randrange(6)
+            if has_image:
+                mm_hash, grid_thw = self._image(draw, index)
+                media.append(MediaItem(mm_hash, len(token_ids), num_rows_of(grid_thw), grid_thw))
+                token_ids += [IMAGE_TOKEN] * num_rows_of(grid_thw)
+        return token_ids, media
+
+    def _second_turn(self, first: Submit) -> tuple[list[int], list[MediaItem], str]:
+        """An earlier request and its answer."""
+        answer, _ = tokens_alone(first, min(first.stop.max_tokens, 12))
+        return [*first.prompt_token_ids, *answer], list(first.media), first.cache_salt
+
+    def _image(self, draw: float, index: int) -> tuple[MmHash, tuple[int, int, int]]:
         if draw < 0.02:
             return MmHash("bad0"), (1, 2, 3)
         if draw < 0.03:
             return MmHash("huge"), (1, 1, self.sizes.num_pages * PAGE_ROWS + 1)
-        index = self.rng.randrange(6)
         return MmHash(f"image{index}"), ((1, 1, 1), (1, 2, 2), (1, 1, 3), (1, 3, 3), (1, 2, 4), (1, 2, 7))[index]
 
 
 def run_world(sizes: Sizes, seed: int, num_requests: int, *, deaths: bool = True, aborts: bool = True) -> World:
     """Random requests, aborts, deaths and message orders; then peace, in which everything must come to its end."""
-    rng = random.Random(seed)
-    world = World(sizes, rng)
-    num_submitted = 0
-    while num_submitted < num_requests:
+    world = World(sizes, seed)
+    rng = world.rng
+    while len(world.submits) < num_requests:
         draw = rng.random()
         if draw < 0.03:
-            world.submit(world.random_submit(num_submitted), ActorName(f"edge:{rng.randrange(sizes.num_edges)}"))
-            num_submitted += 1
+            world.submit(world.random_submit(), ActorName(f"edge:{rng.randrange(sizes.num_edges)}"))
         elif aborts and draw < 0.033 and world.clients:
             world.abort(rng.choice(list(world.clients)))
         elif deaths and draw < 0.035:

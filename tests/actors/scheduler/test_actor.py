@@ -1,0 +1,103 @@
+"""The shell: what State says is sent, a burst shares a step, metrics are copied."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from tests.support import FakeContext, peer_up
+from vlmrt.actors.scheduler.actor import SchedulerActor
+from vlmrt.runtime.messages import (
+    ActorName,
+    EdgeReady,
+    LlmReady,
+    MediaItem,
+    MediaReady,
+    MediaUnsent,
+    MmHash,
+    NeedMedia,
+    RequestId,
+    Sampling,
+    SchedulerReady,
+    StepPlan,
+    StepResult,
+    StopRule,
+    Submit,
+    TokenBatch,
+)
+
+EDGE, LLM = ActorName("edge:0"), ActorName("llm:0")
+
+
+def submit(name: str, media: tuple[MediaItem, ...] = (), max_tokens: int = 3) -> Submit:
+    return Submit(RequestId(name), tuple(range(20)), media, 0, Sampling(), StopRule(max_tokens))
+
+
+async def started(context: FakeContext) -> SchedulerActor:
+    actor = SchedulerActor(context)
+    assert await actor.start() == SchedulerReady()
+    await actor.peer_up(peer_up("edge:0", EdgeReady()))
+    await actor.peer_up(peer_up("media:0", MediaReady(1 << 20)))
+    await actor.peer_up(peer_up("llm:0", LlmReady(100)))
+    return actor
+
+
+async def test_requests_that_come_together_share_a_step(tmp_path: Path) -> None:
+    async with FakeContext("scheduler:0", tmp_path) as context:
+        actor = await started(context)
+        for name in ("r1", "r2", "r3"):
+            await actor.handle(submit(name), EDGE)
+        assert context.outbox.take() == []
+        await asyncio.sleep(0)
+        plans = [sent.message for sent in context.outbox.take() if isinstance(sent.message, StepPlan)]
+        assert [len(plan.rows) for plan in plans] == [3, 3]
+
+
+async def test_a_result_is_answered_by_tokens_and_the_next_plan_at_once(tmp_path: Path) -> None:
+    async with FakeContext("scheduler:0", tmp_path) as context:
+        actor = await started(context)
+        await actor.handle(submit("r1"), EDGE)
+        await asyncio.sleep(0)
+        context.outbox.take()
+        await actor.handle(StepResult(1, (5,), 1.0), LLM)
+        assert [type(sent.message) for sent in context.outbox.take()] == [TokenBatch, StepPlan]
+
+
+async def test_an_item_that_could_not_be_handed_over_is_asked_for_again_without_another_event(tmp_path: Path) -> None:
+    async with FakeContext("scheduler:0", tmp_path) as context:
+        actor = await started(context)
+        await actor.handle(submit("r1", (MediaItem(MmHash("a"), 0, 4, (1, 2, 2)),)), EDGE)
+        need = await context.outbox.next()
+        assert isinstance(need.message, NeedMedia)
+        await actor.handle(MediaUnsent(RequestId("r1"), MmHash("a")), EDGE)
+        assert (await context.outbox.next()).message == need.message
+
+
+async def test_an_edge_that_takes_no_tokens_any_more_loses_its_requests_and_nobody_else_does(tmp_path: Path) -> None:
+    async with FakeContext("scheduler:0", tmp_path) as context:
+        actor = await started(context)
+        await actor.peer_up(peer_up("edge:1", EdgeReady()))
+        await actor.handle(submit("r1"), EDGE)
+        await actor.handle(submit("r2"), ActorName("edge:1"))
+        await asyncio.sleep(0)
+        context.outbox.take()
+        context.outbox.full.add(EDGE)
+        await actor.handle(StepResult(1, (5, 6), 1.0), LLM)
+        tokens, plan = (sent.message for sent in context.outbox.take())
+        assert isinstance(tokens, TokenBatch)
+        assert [output.request_id for output in tokens.outputs] == ["r2"]
+        assert isinstance(plan, StepPlan)
+
+
+async def test_counters_and_gauges_reach_the_metrics(tmp_path: Path) -> None:
+    async with FakeContext("scheduler:0", tmp_path) as context:
+        actor = await started(context)
+        await actor.handle(submit("r1", max_tokens=1), EDGE)
+        await asyncio.sleep(0)
+        await actor.handle(StepResult(1, (5,), 1.0), LLM)
+        actor.copy_metrics()
+        actor.copy_metrics()
+        snapshot = context.metrics.snapshot()
+        assert snapshot.counters["generation_tokens_total"] == 1
+        assert snapshot.counters["prompt_tokens_total"] == 20
+        assert snapshot.gauges["requests_running"] == 0
