@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 from openai.types.chat import ChatCompletion
@@ -27,7 +28,7 @@ def test_the_programs_of_the_readme_run(demo_server: Server, tmp_path: Path) -> 
         script = tmp_path / f"program{number}.py"
         script.write_text(program.replace("http://127.0.0.1:8000", demo_server.url))
         done = subprocess.run(
-            ["python", script], capture_output=True, text=True, timeout=120, cwd=README.parent, check=False
+            [sys.executable, script], capture_output=True, text=True, timeout=120, cwd=README.parent, check=False
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()
