@@ -49,9 +49,19 @@ class EdgeActor:
         self._write_timeout_s = write_timeout_s
         self._link = SchedulerLink(context.outbox)
         self._health = Health(context.config.supervision.heartbeat_timeout_s)
+        self._budget = MediaBudget(context.config.server.max_media_mib << 20)
         self._executor = ThreadPoolExecutor(NUM_THREADS, "edge")
         self._runner: web.AppRunner | None = None
         self._site: web.SockSite | None = None
+
+    @property
+    def num_open_requests(self) -> int:
+        return self._link.num_open
+
+    @property
+    def media_bytes_in_flight(self) -> int:
+        """Bytes of bodies and encoded pictures that open requests hold."""
+        return self._budget.used_bytes
 
     async def start(self) -> Capabilities:
         """Load tokenizer and template, then accept connections.  Raises: StartupError."""
@@ -98,7 +108,7 @@ class EdgeActor:
                 config=config,
                 link=self._link,
                 metrics=self._context.metrics,
-                budget=MediaBudget(config.server.max_media_mib << 20),
+                budget=self._budget,
                 fetcher=MediaFetcher(config.server, self._executor, self._resolve),
                 identifier=ImageIdentifier(processing, identity, config.server.max_pixels),
                 prompts=prompts,
@@ -117,6 +127,7 @@ class EdgeActor:
 
     async def status(self, status: ServiceStatus) -> None:
         self._health.update(status)
+        self._context.metrics.set("media_bytes_in_flight", self._budget.used_bytes)
         self._link.retry_aborts()
 
     async def handle(self, message: EdgeInbox, sender: ActorName) -> None:
@@ -126,8 +137,9 @@ class EdgeActor:
         """Refuse what is new; let open requests finish for grace_s, then end them with an error."""
         self._health.draining = True
         self._link.close()
-        if self._site is not None:
-            await self._site.stop()
+        site, self._site = self._site, None
+        if site is not None:
+            await site.stop()
         await self._link.drain(grace_s)
         self._link.fail_all(unavailable("the server is shutting down"))
         await self._link.drain(CLOSE_S)

@@ -170,8 +170,7 @@ def _guard(collaborators: AppCollaborators, origins: OriginPolicy) -> Middleware
             response = _error_response(error)
         except web.HTTPException as error:
             response = _error_response(_from_http(error, request), error)
-        except ConnectionResetError:
-            metrics.add("requests_aborted_total")
+        except ConnectionResetError:  # nobody is left to answer
             raise
         except Exception:
             logger.exception("request %s failed", request[LABEL])

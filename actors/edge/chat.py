@@ -71,7 +71,15 @@ class ChatEndpoint:
         self._served_names = collaborators.config.model.served_names
 
     async def post(self, request: web.Request) -> web.StreamResponse:
-        """Parse, identify, render, submit, answer.  Cancelled when the client goes; then the request is aborted."""
+        """Answer one request.  Cancelled when the client goes; then the request is aborted."""
+        try:
+            return await self._answer(request)
+        except (asyncio.CancelledError, ConnectionResetError):
+            self._with.metrics.add("requests_aborted_total")
+            raise
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        """Parse, identify, render, submit, answer."""
         arrived_s = time.monotonic()
         self._with.link.check_open()
         timeout_s = self._with.config.server.request_timeout_s

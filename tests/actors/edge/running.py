@@ -72,6 +72,9 @@ class RunningEdge:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
+    async def tell_status(self) -> None:
+        await self.actor.status(service_status())
+
     async def submitted(self) -> Submit:
         """The next Submit; anything else sent before it is an error."""
         message = (await self.context.outbox.next()).message
