@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import zmq
 
-from vlmrt.runtime import shared_memory
+from vlmrt.runtime import memory_client
 from vlmrt.runtime.codec import FrameDecoder, encode_header, encode_message
 from vlmrt.runtime.config import Config
 from vlmrt.runtime.control import ControlLink, SupervisorLost
@@ -206,10 +206,10 @@ class ProcessContext:
         return self._tasks.create_task(coroutine, name=name)
 
     def create_memory(self, name: str, num_bytes: int) -> int:
-        return shared_memory.create_memory(self._memory_path, name, num_bytes)
+        return memory_client.create_memory(self._memory_path, name, num_bytes)
 
     def open_memory(self, name: str) -> int:
-        return shared_memory.open_memory(self._memory_path, name)
+        return memory_client.open_memory(self._memory_path, name)
 
 
 class ActorProcess:

@@ -19,8 +19,8 @@ from pathlib import Path
 import msgspec
 
 from vlmrt.runtime.config import MemoryOptions
+from vlmrt.runtime.memory_client import MemoryReply, MemoryRequest
 from vlmrt.runtime.messages import ActorName, Epoch
-from vlmrt.runtime.shared_memory import MemoryReply, MemoryRequest
 
 _REQUEST_TIMEOUT_S = 5.0
 _MAX_REQUEST_BYTES = 4096
