@@ -240,11 +240,14 @@ def read_file_url(url: str, root: str, max_bytes: int) -> bytes:
         descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError):
         raise refused from None
-    with open(descriptor, "rb") as file:
+    try:
         opened = os.path.realpath(f"/proc/self/fd/{descriptor}")  # a folder may have been swapped for a link meanwhile
         if not stat.S_ISREG(os.fstat(descriptor).st_mode) or not Path(opened).is_relative_to(root):
             raise refused
-        encoded = file.read(max_bytes + 1)
+        with open(descriptor, "rb", closefd=False) as file:
+            encoded = file.read(max_bytes + 1)
+    finally:
+        os.close(descriptor)
     if len(encoded) > max_bytes:
         raise RefusedUrl(f"the file has more than {max_bytes} bytes")
     return encoded
