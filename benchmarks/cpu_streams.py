@@ -102,7 +102,7 @@ async def ready(url: str, process: subprocess.Popen[bytes], timeout_s: float) ->
                 async with session.get(f"{url}/health") as answer:
                     if answer.status == 200:
                         return
-            except aiohttp.ClientError:
+            except (aiohttp.ClientError, TimeoutError):
                 pass
             await asyncio.sleep(0.05)
     raise SystemExit(f"not ready in {timeout_s} s")
