@@ -139,20 +139,19 @@ def service_status(*states: tuple[str, str], ready: bool = True) -> ServiceStatu
 @asynccontextmanager
 async def running_edge(config: Config, run_dir: Path, **options: Any) -> AsyncIterator[RunningEdge]:
     """A started edge whose scheduler is up and whose service is ready."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    async with FakeContext("edge:0", run_dir, config, listen_socket=listener) as context:
-        actor = EdgeActor(cast(ActorContext, context), **options)
-        await actor.start()
-        await actor.peer_up(peer_up(SCHEDULER, SchedulerReady()))
-        await actor.status(service_status())
-        tokenizer = Tokenizer.from_file(str(Path(config.model.directory) / "tokenizer.json"))
-        running = RunningEdge(actor, context, listener.getsockname()[1], tokenizer)
-        try:
-            yield running
-        finally:
-            await running.close()
-            await actor.stop(0.0)
-            listener.close()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        async with FakeContext("edge:0", run_dir, config, listen_socket=listener) as context:
+            actor = EdgeActor(cast(ActorContext, context), **options)
+            await actor.start()
+            await actor.peer_up(peer_up(SCHEDULER, SchedulerReady()))
+            await actor.status(service_status())
+            tokenizer = Tokenizer.from_file(str(Path(config.model.directory) / "tokenizer.json"))
+            running = RunningEdge(actor, context, listener.getsockname()[1], tokenizer)
+            try:
+                yield running
+            finally:
+                await running.close()
+                await actor.stop(0.0)
 
 
 @asynccontextmanager
