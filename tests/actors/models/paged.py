@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,10 +45,13 @@ class PagedRunner:
         self.block_size = block_size
         config = model.config
         shape = (num_blocks, block_size, config.num_kv_heads // tp_size, config.head_dim)
-        dtype = model.norm.weight.dtype
+        dtype, self.device = model.norm.weight.dtype, model.norm.weight.device
         # unwritten slots hold NaN: reading one shows
         self.kv = [
-            (torch.full(shape, float("nan"), dtype=dtype), torch.full(shape, float("nan"), dtype=dtype))
+            (
+                torch.full(shape, float("nan"), dtype=dtype, device=self.device),
+                torch.full(shape, float("nan"), dtype=dtype, device=self.device),
+            )
             for _ in range(config.num_layers)
         ]
         self.free = list(np.random.default_rng(0).permutation(num_blocks))
@@ -73,19 +77,22 @@ class PagedRunner:
         context_lens = tuple(sequence.num_computed for sequence, _ in work)
         width = max(len(sequence.blocks) for sequence, _ in work)
         batch = PagedBatch(
-            cu_seqlens=torch.tensor([0, *np.cumsum(query_lens).tolist()], dtype=torch.int32),
-            context_lens=torch.tensor(context_lens, dtype=torch.int32),
-            block_tables=torch.tensor([s.blocks + [0] * (width - len(s.blocks)) for s, _ in work], dtype=torch.int32),
-            slot_mapping=torch.tensor(slots),
+            cu_seqlens=self._tensor([0, *np.cumsum(query_lens).tolist()], torch.int32),
+            context_lens=self._tensor(context_lens, torch.int32),
+            block_tables=self._tensor([s.blocks + [0] * (width - len(s.blocks)) for s, _ in work], torch.int32),
+            slot_mapping=self._tensor(slots, torch.int64),
             num_decodes=sum(1 for sequence, _ in work if sequence.num_computed > sequence.num_prompt_tokens),
             query_lens=query_lens,
             context_lens_host=context_lens,
         )
-        hidden = self.model.embed(torch.tensor(token_ids))
+        hidden = self.model.embed(self._tensor(token_ids, torch.int64))
         self._merge(hidden, work)
-        cos, sin = self.model.rotary(torch.from_numpy(np.concatenate(positions, axis=1)))
+        cos, sin = self.model.rotary(torch.from_numpy(np.concatenate(positions, axis=1)).to(self.device))
         hidden = self.model(hidden, cos, sin, self.kv, batch)
         return self.model.logits(hidden[batch.cu_seqlens[1:].long() - 1])
+
+    def _tensor(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self.device)
 
     def _merge(self, hidden: Tensor, work: Sequence[tuple[Request, int]]) -> None:
         offset = 0
@@ -96,7 +103,8 @@ class PagedRunner:
                 low, high = max(span.start, start), min(span.start + span.num_tokens, start + count)
                 if low < high and sequence.rows is not None:
                     rows = sequence.rows[first_row + low - span.start : first_row + high - span.start]
-                    embed_merge(hidden, rows, torch.arange(low, high) - start + offset)
+                    positions = torch.arange(low, high, device=self.device) - start + offset
+                    embed_merge(hidden, rows, positions)
                 first_row += span.num_tokens
             offset += count
 
