@@ -13,7 +13,7 @@ from typing import Any, assert_never
 from vlmrt.actors.llm.rank import load_rank
 from vlmrt.actors.llm.step_thread import EndOfEpoch, Rank, StepThread, Work
 from vlmrt.runtime.actor import ActorContext
-from vlmrt.runtime.errors import VlmrtError
+from vlmrt.runtime.errors import ChannelFull, VlmrtError
 from vlmrt.runtime.messages import (
     ActorName,
     AttachSlab,
@@ -48,6 +48,7 @@ class LlmActor:
         self._scheduler_epoch: Epoch | None = None
         self._room = asyncio.Semaphore(MAX_QUEUED)
         self._thread: StepThread[Any] | None = None
+        self._unsent: asyncio.Future[None] | None = None  # fails when the scheduler takes no more results
 
     async def start(self) -> LlmReady:
         loop = asyncio.get_running_loop()
@@ -57,8 +58,9 @@ class LlmActor:
 
         self._thread = StepThread(partial(self._load, self._context), finished)
         self._thread.start()
+        self._unsent = loop.create_future()
         num_blocks = await asyncio.wrap_future(self._thread.ready)
-        self._context.create_task(self._watch(self._thread), "step watch")
+        self._context.create_task(self._watch(self._thread, self._unsent), "step watch")
         return LlmReady(num_blocks)
 
     async def peer_up(self, peer: PeerUp) -> None:
@@ -106,14 +108,24 @@ class LlmActor:
         self._context.metrics.observe("step_seconds", result.duration_ms / 1e3)
         self._context.metrics.observe("step_tokens", sum(row.num_tokens for row in work.rows))
         if self._context.index == 0 and epoch == (self._scheduler_epoch or 0):
-            self._context.outbox.send(SCHEDULER, result)
+            self._send(result)
 
-    async def _watch(self, thread: StepThread[Any]) -> None:
+    def _send(self, result: StepResult) -> None:
+        """In a callback, where an exception would go unseen."""
+        try:
+            self._context.outbox.send(SCHEDULER, result)
+        except ChannelFull as error:
+            if self._unsent is not None and not self._unsent.done():
+                self._unsent.set_exception(error)
+
+    async def _watch(self, thread: StepThread[Any], unsent: asyncio.Future[None]) -> None:
         """End the process when a step fails or does not end: raising here ends the actor."""
         limit_s = self._context.config.supervision.step_timeout_s
         failure = asyncio.wrap_future(thread.failure)
-        while not failure.done():
-            await asyncio.wait((failure,), timeout=min(MAX_WATCH_INTERVAL_S, limit_s / 4))
+        failed: set[asyncio.Future[None]] = set()
+        while not failed:
+            failed, _ = await asyncio.wait((failure, unsent), timeout=min(MAX_WATCH_INTERVAL_S, limit_s / 4))
             if thread.busy_s() > limit_s:
                 raise StepStuck(f"a step has been running for {thread.busy_s():.1f} s; step_timeout_s is {limit_s:g}")
-        await failure
+        for each in failed:
+            await each

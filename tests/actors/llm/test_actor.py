@@ -17,7 +17,7 @@ from vlmrt.actors.llm.actor import LlmActor, StepStuck
 from vlmrt.actors.llm.step_thread import Rank
 from vlmrt.runtime.actor import ActorContext
 from vlmrt.runtime.config import MemoryOptions, SchedulingOptions, SupervisionOptions
-from vlmrt.runtime.errors import StartupError
+from vlmrt.runtime.errors import ChannelFull, StartupError
 from vlmrt.runtime.messages import (
     ActorName,
     AttachSlab,
@@ -172,6 +172,21 @@ async def test_a_stuck_step_ends_the_actor(tmp_path: Path) -> None:
             await run_one_plan(rank, tmp_path, step_timeout_s=0.05)
     finally:
         rank.open.set()
+
+
+async def answer_into_a_full_channel(run_dir: Path) -> None:
+    async with FakeContext("llm:0", run_dir) as context:
+        context.outbox.full.add(SCHEDULER)
+        actor = make_actor(context, FakeRank())
+        await actor.start()
+        await actor.peer_up(UP)
+        await actor.handle(plan(1), SCHEDULER)
+        await asyncio.wait(context._tasks, timeout=10)
+
+
+async def test_a_scheduler_that_takes_no_results_ends_the_actor(tmp_path: Path) -> None:
+    with pytest.raises(ChannelFull):
+        await answer_into_a_full_channel(tmp_path)
 
 
 async def test_a_start_that_cannot_work_says_why(tmp_path: Path) -> None:
