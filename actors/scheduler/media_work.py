@@ -32,6 +32,7 @@ from vlmrt.runtime.messages import (
 )
 
 UNSENT_RETRY_S = 0.02
+DECODE_PATIENCE_S = 1.0
 _BYTES_PER_PATCH = 768  # 16 x 16 pixels of 3 bytes; raised when a worker's pixels are found to need more
 
 Sender = Callable[[ActorName, Message], None]
@@ -52,6 +53,7 @@ class Job:
     num_rows: int
     stage: Stage = Stage.NEEDED
     asked: RequestId | None = None  # through which request
+    asked_at_s: float = 0.0
     worker: ActorName | None = None  # whose arena is charged with num_bytes
     num_bytes: int = 0
     pixels: ArenaRef | None = None  # None while encoding: their arena is gone
@@ -91,6 +93,7 @@ class MediaWork:
         self.encoding: dict[int, Job] = {}  # by encode_id
         self.failures: list[tuple[list[RequestId], WireError]] = []
         self.retry_at_s: dict[MmHash, float] = {}  # needed, but not to be asked for before then
+        self.unblock_at_s: float | None = None  # when to make room in an arena that may be full
         self._needed: list[tuple[MediaKey, MmHash]] = []  # a heap; entries whose job has moved on are skipped
         self._send = send
         self._edge_of = edge_of
@@ -313,8 +316,9 @@ class MediaWork:
                 self._ask_anew(self.jobs[mm_hash])
         if self.decoded:
             self._start_encodes()
+        self._unblock_arena(now_s)
         if self._needed:
-            self._start_decodes()
+            self._start_decodes(now_s)
 
     def _start_encodes(self) -> None:
         """Strictly in order: a large image is not starved by the small ones behind it."""
@@ -352,7 +356,33 @@ class MediaWork:
             return True
         return False
 
-    def _start_decodes(self) -> None:
+    def _unblock_arena(self, now_s: float) -> None:
+        """If the most urgent decode takes very long, free later pixels in its arena, one by one.
+
+        An arena may be fuller than these books say: cut into pieces, or holding images that are decoded although the
+        request they were asked through has ended.
+        """
+        self.unblock_at_s = None
+        if not self.decoding or not self.decoded:
+            return
+        job = self.decoding[min(self.decoding, key=self.embeds.first_key)]
+        key = self.embeds.first_key(job.mm_hash)
+        later = [(self.embeds.first_key(h), h) for h, other in self.decoded.items() if other.worker == job.worker]
+        if not later or max(later)[0] < key:
+            return
+        if now_s >= job.asked_at_s + DECODE_PATIENCE_S:
+            self._counters.dropped_pixels += 1
+            self._ask_anew(self.decoded[max(later)[1]])
+            job.asked_at_s = now_s
+        self.unblock_at_s = job.asked_at_s + DECODE_PATIENCE_S
+
+    @property
+    def wake_at_s(self) -> float | None:
+        """When to pump although nothing has happened; None: not needed."""
+        times = [*self.retry_at_s.values(), *([] if self.unblock_at_s is None else [self.unblock_at_s])]
+        return min(times, default=None)
+
+    def _start_decodes(self, now_s: float) -> None:
         while self.workers and len(self.decoding) < 2 * len(self.workers) + 2:
             job = self._first_needed()
             if job is None:
@@ -367,6 +397,7 @@ class MediaWork:
             worker = min(free, key=lambda worker: (worker.num_decoding, worker.num_bytes))
             heapq.heappop(self._needed)
             job.stage, job.asked, job.worker, job.num_bytes = Stage.DECODING, request_id, worker.name, num_bytes
+            job.asked_at_s = now_s
             self.decoding[job.mm_hash] = job
             worker.num_decoding += 1
             worker.num_bytes += num_bytes

@@ -146,7 +146,7 @@ class State:
     @property
     def wake_at_s(self) -> float | None:
         """When to call advance although nothing has come in; None: not needed."""
-        return min(self.media.retry_at_s.values(), default=None)
+        return self.media.wake_at_s
 
     def reset_caches(self, now_s: float) -> list[Send]:
         """Forget everything that no request is using."""

@@ -289,6 +289,18 @@ def test_the_arena_is_never_promised_twice_and_the_oldest_request_gets_room_in_i
     assert needs(sends) == [("old", "a", "media:0")]
 
 
+def test_when_an_urgent_decode_takes_very_long_later_pixels_in_its_arena_give_way() -> None:
+    driver = Driver(vits=0)
+    driver.submit("old", 10, (image("a", 0, 4),))
+    driver.submit("young", 10, (image("b", 0, 8),))
+    driver.pixels("b")
+    assert driver.state.wake_at_s is not None
+    assert driver.state.advance(driver.state.wake_at_s / 2) == []
+    sends = driver.state.advance(driver.state.wake_at_s)
+    assert len(messages(sends, FreePixels, "media:0")) == 1
+    assert needs(sends) == [("young", "b", "media:0")]
+
+
 def test_a_picture_that_is_none_fails_exactly_the_requests_that_need_it() -> None:
     driver = Driver()
     driver.submit("r1", 10, (image("a", 0, 4),))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.actors.scheduler.world import Sizes, World, run_world
 
 NUM_WORLDS = 60
-NUM_WORLDS_SOAK = 3000
+NUM_WORLDS_SOAK = 2000
 
 any_sizes = st.builds(
     Sizes,

@@ -356,12 +356,12 @@ class World:
         """Everybody lives and nothing new comes: every request must end, and nothing stay behind."""
         for name in self.names():
             self.revive(name)
-        while True:
+        for _ in range(200):
             while self.step():
                 pass
             if self.state.wake_at_s is None:
                 break
-            self.now_s = self.state.wake_at_s
+            self.now_s = max(self.now_s, self.state.wake_at_s)
             self.advance()
         still_open = [client.submit.request_id for client in self.clients.values() if client.is_open]
         assert not still_open, f"{still_open} never end; the scheduler has {list(self.state.requests)}"
@@ -376,10 +376,13 @@ class World:
         """Few beginnings, few images and second turns, so that caches hit; now and then something impossible."""
         rng, sizes = self.request_rng, self.sizes
         salt = rng.choice(("", "", "tenant"))
+        token_ids, media = self._beginning(random.Random(rng.randrange(3)), rng.randrange(4))
         if self.submits and rng.random() < 0.3:
-            token_ids, media, salt = self._second_turn(rng.choice(self.submits))
-        else:
-            token_ids, media = self._beginning(random.Random(rng.randrange(3)), rng.randrange(5))
+            first = rng.choice(self.submits)
+            if len(first.prompt_token_ids) < sizes.max_model_len // 2:
+                answer, _ = tokens_alone(first, min(first.stop.max_tokens, 12))
+                token_ids = [*first.prompt_token_ids, *answer]
+                media, salt = list(first.media), first.cache_salt
         token_ids += [rng.randrange(1, VOCABULARY) for _ in range(rng.randrange(0 if token_ids else 1, 9))]
         if rng.random() < 0.02:
             token_ids += [2] * sizes.max_model_len
@@ -411,11 +414,6 @@ class World:
                 token_ids += [IMAGE_TOKEN] * num_rows_of(grid_thw)
         return token_ids, media
 
-    def _second_turn(self, first: Submit) -> tuple[list[int], list[MediaItem], str]:
-        """An earlier request and its answer."""
-        answer, _ = tokens_alone(first, min(first.stop.max_tokens, 12))
-        return [*first.prompt_token_ids, *answer], list(first.media), first.cache_salt
-
     def _image(self, draw: float, index: int) -> tuple[MmHash, tuple[int, int, int]]:
         if draw < 0.02:
             return MmHash("bad0"), (1, 2, 3)
@@ -434,9 +432,9 @@ def run_world(sizes: Sizes, seed: int, num_requests: int, *, deaths: bool = True
             world.submit(world.random_submit(), ActorName(f"edge:{rng.randrange(sizes.num_edges)}"))
         elif aborts and draw < 0.033 and world.clients:
             world.abort(rng.choice(list(world.clients)))
-        elif deaths and draw < 0.035:
+        elif deaths and draw < 0.037:
             world.kill(rng.choice(world.names()))
-        elif draw < 0.045:
+        elif draw < 0.05:
             world.revive(rng.choice(world.names()))
         else:
             world.step()
