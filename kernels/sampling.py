@@ -97,7 +97,8 @@ def filtered(logits: Tensor, batch: SamplingBatch) -> Tensor:
             ordered = ordered.masked_fill(ordered < kth, float("-inf"))  # equals of the k-th stay
         if batch.any_top_p:
             probability = ordered.softmax(dim=-1)
-            before = probability.cumsum(dim=-1) - probability
+            # In float64 a GPU's free order of additions cannot move the cut, so all ranks make the same one.
+            before = probability.cumsum(dim=-1, dtype=torch.float64) - probability
             outside = (before >= batch.top_p[:, None]) & (batch.top_p < 1)[:, None]
             outside[:, 0] = False
             ordered = ordered.masked_fill(outside, float("-inf"))
