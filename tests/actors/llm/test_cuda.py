@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import cast
 
@@ -22,6 +23,12 @@ from vlmrt.runtime.config import MemoryOptions, ParallelOptions, SchedulingOptio
 from vlmrt.runtime.messages import ActorName, SchedulerReady, StepResult
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture(autouse=True)
+def _memory_of_other_tests_is_free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def test_steps_launched_ahead_give_the_reference_s_tokens(checkpoint: Checkpoint) -> None:
