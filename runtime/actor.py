@@ -119,6 +119,7 @@ ActorFactory = Callable[[ActorContext], Actor[Any]]
 
 _MESSAGES_PER_TURN = 32  # then heartbeats and the actor's own tasks get theirs
 _EXIT_MARGIN_S = 2.0
+SUPERVISOR_LOST = 75  # exit code of an actor whose supervisor is gone (EX_TEMPFAIL)
 _MAX_SHARED_BYTES = 1 << 20  # a StepPlan for many ranks, not an image for one worker
 
 logger = logging.getLogger(__name__)
@@ -135,6 +136,7 @@ class PeerOutbox:
         self._context = context
         self._header = encode_header(name, epoch)
         self._metrics = metrics
+        self._thread = threading.get_ident()
         self._senders: dict[ActorName, tuple[Epoch, Sender]] = {}
         self._last: tuple[Message, bytes] | None = None  # one message to many ranks is encoded once
 
@@ -151,6 +153,7 @@ class PeerOutbox:
 
     def send(self, peer: ActorName, message: Message) -> bool:
         """See Outbox.send."""
+        assert threading.get_ident() == self._thread, "ZeroMQ sockets belong to the event loop's thread"
         entry = self._senders.get(peer)
         if entry is None:
             self._metrics.add("unsent_messages_total")
@@ -228,9 +231,9 @@ class ActorProcess:
         self._mailbox = Mailbox(FrameDecoder[Any](INBOXES[spec.actor.kind]), self._metrics, self._wake)
 
     async def run(self, listen_socket: socket.socket | None) -> int:
-        """Exit code: 0 after a Shutdown, START_FAILED if the start failed in a way the supervisor was told.
+        """Exit code: 0 after a Shutdown, START_FAILED if the supervisor was told why, SUPERVISOR_LOST if it is gone.
 
-        Raises whatever the actor raised, in an ExceptionGroup; SupervisorLost if nobody supervises any more.
+        Raises whatever else the actor raised, in an ExceptionGroup.
         """
         spec = self._spec
         self._mailbox.bind(self._zmq, spec.inbox_address)
@@ -248,6 +251,9 @@ class ActorProcess:
                 raise ActorStopped
         except* ActorStopped:
             return_code = 0
+        except* SupervisorLost as errors:
+            logger.error("ending: %s", _first(errors))
+            return_code = SUPERVISOR_LOST
         except* StartupError as errors:
             message = " ".join(str(_first(errors)).split())
             logger.error("start failed: %s", message)

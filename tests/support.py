@@ -112,6 +112,7 @@ class FakeContext:
         self.metrics = Metrics()
         self.listen_socket = listen_socket
         self.memory = memory or FakeMemory()
+        self._owns_memory = memory is None
         self.stages: list[tuple[str, int, int]] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -138,7 +139,8 @@ class FakeContext:
         for task in self._tasks:
             task.cancel()
         results = await asyncio.gather(*self._tasks, return_exceptions=True)
-        self.memory.close()
+        if self._owns_memory:
+            self.memory.close()
         if error is None:
             for result in results:
                 if isinstance(result, Exception):

@@ -194,6 +194,21 @@ async def test_an_observer_that_raises_ends_the_service_and_leaves_nothing(
     assert running.observer.of("failed") == [("failed", "internal error: BrokenPipeError('planted')")]
 
 
+async def test_sigusr1_writes_every_stack_and_harms_nobody(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    async with service(fake_config(tmp_path), {"scheduler": "Recorder"}, tmp_path) as running:
+        await running.until_ready()
+        os.kill(running.pid("scheduler:0"), signal.SIGUSR1)
+        text = ""
+
+        def has_stack() -> bool:
+            nonlocal text
+            text += capfd.readouterr().err
+            return "Current thread" in text and "process.py" in text
+
+        await running.until(has_stack, "a stack")
+        assert running.process("scheduler:0").num_restarts == 0
+
+
 async def test_a_port_in_use_is_an_error_before_any_process_starts(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
