@@ -1,9 +1,9 @@
-"""Concurrent streams on a CPU beside a peer server: aggregate tokens/s, time to first token, time from start to ready.
+"""Concurrent streams beside a peer server: aggregate tokens/s, time to first token, time from start to ready.
 
 Both servers get the same checkpoint, the same requests (a generated picture and a question each, fixed output length)
 and the same client; they run in turn, A B A B, and medians over the pairs are reported, since machines are noisy.
 
-    python -m benchmarks.cpu_streams --peer '/path/to/vllm serve {model} --host 127.0.0.1 --port {port} \\
+    python -m benchmarks.streams --peer '/path/to/vllm serve {model} --host 127.0.0.1 --port {port} \\
         --dtype float32 --max-model-len 2048 --max-num-seqs 16 --enforce-eager --served-model-name model'
 """
 
@@ -111,7 +111,7 @@ async def ready(url: str, process: subprocess.Popen[bytes], timeout_s: float) ->
 def measure(command: str, arguments: argparse.Namespace, seed: int) -> Run:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    words = shlex.split(command.format(model=demo.CHECKPOINT, port=port))
+    words = shlex.split(command.format(model=arguments.model, port=port))
     began = time.perf_counter()
     with Path(arguments.log or os.devnull).open("ab") as log:
         process = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
@@ -138,12 +138,15 @@ def summary(runs: list[Run]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--ours", default=f"{sys.executable} -m vlmrt.tools.cli launch --port {{port}}")
+    parser.add_argument(
+        "--ours", default=f"{sys.executable} -m vlmrt.tools.cli launch --model {{model}} --port {{port}}"
+    )
     parser.add_argument("--peer", help="command of the peer server with {model} and {port}; default: ours alone")
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3, help="requests of one stream, one after the other")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--model", default=str(demo.CHECKPOINT), help="directory of the checkpoint")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--log", help="file for the servers' output")
     arguments = parser.parse_args()
