@@ -37,20 +37,21 @@ class SchedulerActor:
         self._context = context
         self._state = State(context.config)
         self._copied: dict[str, int] = {}
-        self._advance_soon: asyncio.Handle | None = None
+        self._news = asyncio.Event()
         self._wake: asyncio.TimerHandle | None = None
 
     async def start(self) -> Capabilities:
         self._context.create_task(self._copy_metrics_forever(), "metrics")
+        self._context.create_task(self._plan_forever(), "plan")
         return SchedulerReady()
 
     async def peer_up(self, peer: PeerUp) -> None:
         self._post(self._state.on_peer_up(peer, time.monotonic()))
-        self._advance_after_this_turn()
+        self._news.set()
 
     async def peer_down(self, peer: PeerDown) -> None:
         self._post(self._state.on_peer_down(peer, time.monotonic()))
-        self._advance_after_this_turn()
+        self._news.set()
 
     async def status(self, status: ServiceStatus) -> None:
         """Only edges are told."""
@@ -60,37 +61,41 @@ class SchedulerActor:
         if isinstance(message, StepResult):
             self._advance()
         else:
-            self._advance_after_this_turn()
+            self._news.set()
 
     async def stop(self, grace_s: float) -> None:
         """Nothing to end: edges have finished or ended their requests, ranks and ViTs are stopped by the supervisor."""
 
     # ------------------------------------------------------------ steps
 
-    def _advance_after_this_turn(self) -> None:
-        if self._advance_soon is None:
-            self._advance_soon = asyncio.get_running_loop().call_soon(self._advance)
+    async def _plan_forever(self) -> None:
+        """Plan after each turn of the loop that brought news; in a task, so that an exception ends the actor."""
+        while True:
+            await self._news.wait()
+            self._advance()
 
     def _advance(self) -> None:
-        if self._advance_soon is not None:
-            self._advance_soon.cancel()
-            self._advance_soon = None
-        self._post(self._state.advance(time.monotonic()))
+        self._news.clear()
+        now_s = time.monotonic()
+        self._post(self._state.advance(now_s))
         if self._wake is not None:
             self._wake.cancel()
             self._wake = None
         if (at_s := self._state.wake_at_s) is not None:
-            self._wake = asyncio.get_running_loop().call_later(max(0.0, at_s - time.monotonic()), self._advance)
+            self._wake = asyncio.get_running_loop().call_later(max(0.0, at_s - now_s), self._news.set)
 
     def _post(self, sends: list[Send]) -> None:
         """A peer that is not up gets nothing; its PeerDown is on the way and tells State."""
+        stuck_edges = set()
         for peer, message in sends:
             try:
                 self._context.outbox.send(peer, message)
             except ChannelFull:
                 logger.error("%s takes no messages any more; a %s is lost", peer, type(message).__name__)
-                if isinstance(message, TokenBatch):  # its requests must not go on with a hole in their text
-                    self._post(self._state.give_up_edge(peer, time.monotonic()))
+                if isinstance(message, TokenBatch):
+                    stuck_edges.add(peer)
+        for edge in stuck_edges:  # its requests must not go on with a hole in their text
+            self._post(self._state.give_up_edge(edge, time.monotonic()))
 
     # ------------------------------------------------------------ metrics
 

@@ -195,11 +195,14 @@ class Planner:
     def _allocate_or_preempt(self, request: Request, draft: Draft) -> list[int] | None:
         """One block, at the cost of the youngest; None if that is the request itself.
 
-        Requests whose last token is in flight are spared: their blocks are about to be free.  Rows are planned oldest
-        first, so the youngest never has one yet.
+        Requests whose last token is in flight are spared: their blocks are about to be free, which the youngest can
+        wait for.  Rows are planned oldest first, so the youngest never has one yet.
         """
         while (block_ids := self.kv.allocate(1)) is None:
-            victim = next(other for other in reversed(self.running) if not other.is_fully_planned)
+            staying = [other for other in self.running if not other.is_fully_planned]
+            victim = staying[-1]
+            if victim is request and len(staying) < len(self.running):
+                return None
             draft.has_preempted = True
             self.preempt(victim)
             if victim is request:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import pytest
+
 from tests.support import FakeContext, peer_up
 from vlmrt.actors.scheduler.actor import SchedulerActor
 from vlmrt.runtime.messages import (
@@ -14,6 +16,7 @@ from vlmrt.runtime.messages import (
     MediaItem,
     MediaReady,
     MediaUnsent,
+    Message,
     MmHash,
     NeedMedia,
     RequestId,
@@ -33,6 +36,12 @@ def submit(name: str, media: tuple[MediaItem, ...] = (), max_tokens: int = 3) ->
     return Submit(RequestId(name), tuple(range(20)), media, 0, Sampling(), StopRule(max_tokens))
 
 
+async def turn() -> None:
+    """Let the loop go round."""
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+
 async def started(context: FakeContext) -> SchedulerActor:
     actor = SchedulerActor(context)
     assert await actor.start() == SchedulerReady()
@@ -48,7 +57,7 @@ async def test_requests_that_come_together_share_a_step(tmp_path: Path) -> None:
         for name in ("r1", "r2", "r3"):
             await actor.handle(submit(name), EDGE)
         assert context.outbox.take() == []
-        await asyncio.sleep(0)
+        await turn()
         plans = [sent.message for sent in context.outbox.take() if isinstance(sent.message, StepPlan)]
         assert [len(plan.rows) for plan in plans] == [3, 3]
 
@@ -57,7 +66,7 @@ async def test_a_result_is_answered_by_tokens_and_the_next_plan_at_once(tmp_path
     async with FakeContext("scheduler:0", tmp_path) as context:
         actor = await started(context)
         await actor.handle(submit("r1"), EDGE)
-        await asyncio.sleep(0)
+        await turn()
         context.outbox.take()
         await actor.handle(StepResult(1, (5,), 1.0), LLM)
         assert [type(sent.message) for sent in context.outbox.take()] == [TokenBatch, StepPlan]
@@ -79,7 +88,7 @@ async def test_an_edge_that_takes_no_tokens_any_more_loses_its_requests_and_nobo
         await actor.peer_up(peer_up("edge:1", EdgeReady()))
         await actor.handle(submit("r1"), EDGE)
         await actor.handle(submit("r2"), ActorName("edge:1"))
-        await asyncio.sleep(0)
+        await turn()
         context.outbox.take()
         context.outbox.full.add(EDGE)
         await actor.handle(StepResult(1, (5, 6), 1.0), LLM)
@@ -89,11 +98,27 @@ async def test_an_edge_that_takes_no_tokens_any_more_loses_its_requests_and_nobo
         assert isinstance(plan, StepPlan)
 
 
+async def test_a_failure_while_planning_ends_the_actor(tmp_path: Path) -> None:
+    async def plan_in_vain() -> None:
+        async with FakeContext("scheduler:0", tmp_path) as context:
+            actor = await started(context)
+
+            def fail(peer: ActorName, message: Message) -> bool:
+                raise OSError("no more")
+
+            context.outbox.send = fail  # type: ignore[method-assign]
+            await actor.handle(submit("r1"), EDGE)
+            await turn()
+
+    with pytest.raises(OSError, match="no more"):
+        await plan_in_vain()
+
+
 async def test_counters_and_gauges_reach_the_metrics(tmp_path: Path) -> None:
     async with FakeContext("scheduler:0", tmp_path) as context:
         actor = await started(context)
         await actor.handle(submit("r1", max_tokens=1), EDGE)
-        await asyncio.sleep(0)
+        await turn()
         await actor.handle(StepResult(1, (5,), 1.0), LLM)
         actor.copy_metrics()
         actor.copy_metrics()

@@ -17,6 +17,15 @@ def test_what_a_dead_media_worker_was_decoding_is_asked_for_once_more() -> None:
     check_nothing_is_held(driver.state)
 
 
+def test_an_item_is_asked_for_through_whoever_still_wants_it_when_a_media_worker_returns() -> None:
+    driver = Driver()
+    driver.submit("r1", 10, (image("a", 0, 4),))
+    driver.submit("r2", 10, (image("a", 0, 4),))
+    driver.down("media:0")
+    driver.abort("r1")
+    assert needs(driver.up("media:0", epoch=2)) == [("r2", "a", "media:0")]
+
+
 def test_pixels_in_a_dead_arena_are_decoded_again() -> None:
     driver = Driver(vits=0)
     driver.submit("r1", 10, (image("a", 0, 4),))

@@ -210,6 +210,23 @@ def test_the_second_request_with_the_same_beginning_computes_only_the_rest() -> 
     assert driver.run()["r2"][-1].usage.num_cached_tokens == 8
 
 
+def test_requests_with_different_salts_share_no_blocks() -> None:
+    driver = Driver()
+    driver.submit("r1", 10, cache_salt="x")
+    driver.run()
+    driver.submit("r2", 10, cache_salt="y")
+    assert rows(driver.advance()[0]) == [(0, 0, 10, True)]
+
+
+def test_the_youngest_waits_for_blocks_that_are_about_to_be_free_instead_of_being_preempted() -> None:
+    driver = Driver(num_blocks=3, prefix_caching=False)
+    driver.submit("old", 6, max_tokens=2)
+    driver.submit("young", 3, max_tokens=8)
+    outputs = driver.run()
+    assert [len(outputs[name]) for name in ("old", "young")] == [2, 8]
+    assert driver.state.counters.preemptions == 0
+
+
 def test_a_second_turn_finds_the_generated_tokens_of_the_first() -> None:
     driver = Driver()
     driver.submit("r1", 6, max_tokens=7)

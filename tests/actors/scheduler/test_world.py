@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.actors.scheduler.world import Sizes, World, run_world
 
-NUM_WORLDS = 60
+NUM_WORLDS = 40
 NUM_WORLDS_SOAK = 2000
 
 any_sizes = st.builds(
