@@ -109,7 +109,9 @@ class Actor(Protocol[Inbound]):
 
     async def handle(self, message: Inbound, sender: ActorName) -> None: ...
 
-    async def stop(self, grace_s: float) -> None: ...
+    async def stop(self, grace_s: float) -> None:
+        """End within grace_s.  An edge is handed messages meanwhile, so that open requests end; nobody else is."""
+        ...
 
 
 ActorFactory = Callable[[ActorContext], Actor[Any]]
@@ -118,7 +120,7 @@ ActorFactory = Callable[[ActorContext], Actor[Any]]
 # ---------------------------------------------------------------- the loop that runs one
 
 _MESSAGES_PER_TURN = 32  # then heartbeats and the actor's own tasks get theirs
-_EXIT_MARGIN_S = 2.0
+_EXIT_MARGIN_S = 3.0
 SUPERVISOR_LOST = 75  # exit code of an actor whose supervisor is gone (EX_TEMPFAIL)
 _MAX_SHARED_BYTES = 1 << 20  # a StepPlan for many ranks, not an image for one worker
 
@@ -264,18 +266,19 @@ class ActorProcess:
         return return_code
 
     async def _serve(self, actor: Actor[Any]) -> None:
-        """One message at a time, news of peers before messages of peers, until Shutdown."""
+        """One message at a time, news of peers before messages of peers, until Shutdown and what stop() still needs."""
+        stopping: asyncio.Task[None] | None = None
         num_handled = 0
-        while True:
+        while stopping is None or not stopping.done():
             self._wake.clear()
             if (news := self._control.take()) is not None:
-                if isinstance(news, Shutdown):
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(news.grace_s + _EXIT_MARGIN_S):
-                            await actor.stop(news.grace_s)
-                    self._control.send(self._heartbeat())
-                    return
-                await self._apply(actor, news)
+                if not isinstance(news, Shutdown):
+                    await self._apply(actor, news)
+                elif stopping is None:
+                    stopping = asyncio.create_task(self._stop(actor, news.grace_s), name="stop")
+                    stopping.add_done_callback(lambda _: self._wake.set())
+                    if self._spec.actor.kind != "edge":  # only an edge has requests to bring to their end
+                        await stopping
             elif (envelope := self._mailbox.take()) is not None:
                 await actor.handle(envelope.message, envelope.sender)
                 num_handled += 1
@@ -283,6 +286,13 @@ class ActorProcess:
                     await asyncio.sleep(0)
             else:
                 await self._wake.wait()
+        stopping.result()
+        self._control.send(self._heartbeat())
+
+    async def _stop(self, actor: Actor[Any], grace_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s + _EXIT_MARGIN_S):
+                await actor.stop(grace_s)
 
     async def _apply(self, actor: Actor[Any], news: PeerUp | PeerDown | ServiceStatus) -> None:
         match news:

@@ -43,7 +43,7 @@ from vlmrt.runtime.spawner import START_FAILED, LocalSpawner, ProcessSpec, Spawn
 from vlmrt.runtime.topology import ActorSpec, actor_specs, restart_groups
 from vlmrt.runtime.transport import control_address, inbox_address, new_context, socket_path
 
-_EXIT_MARGIN_S = 3.0  # beyond a grace time, before SIGKILL
+_EXIT_MARGIN_S = 4.0  # beyond a grace time, before SIGKILL
 _OTHERS_GRACE_S = 2.0  # for actors other than edges: their requests have ended by then
 _REAP_S = 10.0  # a killed process that is not gone by then is stuck in the kernel
 _SWEEPER_S = 10.0
@@ -251,7 +251,7 @@ class Supervisor:
             if delay_s is None:
                 self._fail(
                     f"{group} ended more than {options.max_restarts} times within {options.restart_period_s:g} s "
-                    f"(--max-restarts), the last time: {reason}"
+                    f"(supervision.max_restarts), the last time: {reason}"
                 )
                 return
             epoch = Epoch(epoch + 1)
@@ -295,7 +295,8 @@ class Supervisor:
             _, stuck = await asyncio.wait(watchers, timeout=_REAP_S if kill else None)
             for watcher in stuck:
                 watcher.cancel()
-                logger.error("a killed process of %s does not go away", members[0].spec.group)
+            if stuck:  # it may still hold its device: a successor would fail in stranger ways
+                self._fail(f"a killed process of {members[0].spec.group} is still there after {_REAP_S:g} s")
 
     def _spawn(self, member: Process, epoch: Epoch) -> None:
         assert self.run_dir is not None
@@ -330,9 +331,7 @@ class Supervisor:
         await asyncio.sleep(limit_s)
         late = [member.spec.name for member in members if member.capabilities is None]
         if late:
-            _settle(
-                failure, f"{', '.join(late)} not ready after {limit_s:g} s: raise --start-timeout-s (start_timeout_s)"
-            )
+            _settle(failure, f"{', '.join(late)} not ready after {limit_s:g} s (--start-timeout-s)")
 
     def _take_down(self, member: Process, reason: str) -> None:
         """Its process is reaped: tell those who knew it, let go of its memory, keep its counts."""
@@ -382,7 +381,7 @@ class Supervisor:
     def _announce_if_complete(self, group: str) -> None:
         """Link the group with everyone once all its members are ready."""
         members = [member for member in self._table if member.spec.group == group]
-        if any(member.capabilities is None or member.is_up for member in members):
+        if self._failures[group].done() or any(member.capabilities is None or member.is_up for member in members):
             return
         for member in members:
             member.is_up, member.state = True, "ready"
@@ -428,7 +427,7 @@ class Supervisor:
         limit_s = self._config.supervision.heartbeat_timeout_s
         for member in self._table:
             if member.handle is not None and member.said_hello and now_s - member.last_heartbeat_s > limit_s:
-                reason = f"{member.spec.name} sent no heartbeat for {limit_s:g} s (--heartbeat-timeout-s)"
+                reason = f"{member.spec.name} sent no heartbeat for {limit_s:g} s (supervision.heartbeat_timeout_s)"
                 _settle(self._failures[member.spec.group], reason)
                 member.handle.kill()
 

@@ -194,3 +194,21 @@ class Forker(Recorder):
     async def start(self) -> Capabilities:
         self._child = await asyncio.create_subprocess_exec("sleep", "300", start_new_session=True)
         return await super().start()
+
+
+class Drainer(Recorder):
+    """An edge that has one request open when it is told to stop."""
+
+    def __init__(self, context: ActorContext) -> None:
+        super().__init__(context)
+        self._answered = asyncio.Event()
+
+    async def handle(self, message: Message, sender: ActorName) -> None:
+        await super().handle(message, sender)
+        self._answered.set()
+
+    async def stop(self, grace_s: float) -> None:
+        await super().stop(grace_s)
+        self.context.outbox.send(ActorName("scheduler:0"), Abort(RequestId("last")))
+        await self._answered.wait()
+        self.note("drained")

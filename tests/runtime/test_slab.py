@@ -79,7 +79,7 @@ class BooksAgainstModel(RuleBasedStateMachine):
 
 
 TestBooksAgainstModel = BooksAgainstModel.TestCase
-TestBooksAgainstModel.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+TestBooksAgainstModel.settings = settings(max_examples=40, stateful_step_count=50, deadline=None)
 
 
 def test_ten_thousand_random_operations_keep_the_books_exact() -> None:

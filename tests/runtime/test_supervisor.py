@@ -121,7 +121,7 @@ async def test_too_many_restarts_end_the_service_with_one_line(tmp_path: Path) -
     async with service(config, {"edge": "Recorder", "scheduler": "DiesOnceUp"}, tmp_path) as running:
         assert await asyncio.wait_for(running.ended, 30) == 1
     ((_, message),) = running.observer.of("failed")
-    assert "scheduler:0 ended more than 2 times within 60 s (--max-restarts)" in message
+    assert "scheduler:0 ended more than 2 times within 60 s (supervision.max_restarts)" in message
     assert "exit code 9" in message
     assert "\n" not in message
     delays = [entry[3] for entry in running.observer.of("restarting")]
@@ -152,8 +152,7 @@ async def test_an_actor_that_is_never_ready_hits_the_start_deadline(tmp_path: Pa
         assert await asyncio.wait_for(running.ended, 30) == 1
     assert time.monotonic() - began >= 0.9 * 1.5
     ((_, message),) = running.observer.of("failed")
-    assert "vit:0 not ready after 1.5 s" in message
-    assert "start_timeout_s" in message
+    assert message == "vit:0 not ready after 1.5 s (--start-timeout-s)"
 
 
 async def test_an_actor_without_heartbeats_is_killed_and_replaced(tmp_path: Path) -> None:
@@ -164,7 +163,7 @@ async def test_an_actor_without_heartbeats_is_killed_and_replaced(tmp_path: Path
         await running.until_ready(2)
         ((_, _, epoch, reason),) = running.observer.of("down")
         assert epoch == 1
-        assert "no heartbeat for 2 s (--heartbeat-timeout-s)" in reason
+        assert "no heartbeat for 2 s (supervision.heartbeat_timeout_s)" in reason
 
 
 async def test_heartbeats_go_on_while_a_thread_loads(tmp_path: Path) -> None:
@@ -192,6 +191,14 @@ async def test_an_observer_that_raises_ends_the_service_and_leaves_nothing(
     async with service(fake_config(tmp_path), {"edge": "Recorder", "scheduler": "Recorder"}, tmp_path) as running:
         assert await asyncio.wait_for(running.ended, 30) == 1
     assert running.observer.of("failed") == [("failed", "internal error: BrokenPipeError('planted')")]
+
+
+async def test_an_edge_still_gets_its_answers_while_it_stops(tmp_path: Path) -> None:
+    async with service(fake_config(tmp_path), {"edge": "Drainer", "scheduler": "Ponger"}, tmp_path) as running:
+        await running.until_line("edge:0", "1 up scheduler:0 1")
+        running.supervisor.request_stop()
+        assert await asyncio.wait_for(running.ended, 20) == 0
+    assert running.lines("edge:0")[-3:] == ["1 stop", "1 message TokenBatch from scheduler:0", "1 drained"]
 
 
 async def test_sigusr1_writes_every_stack_and_harms_nobody(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
