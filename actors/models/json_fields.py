@@ -1,5 +1,6 @@
 """Checked reading of a checkpoint's JSON: a complaint names the file, the field, its value and the bound."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,17 +60,29 @@ class JsonFields:
             raise self.error(name, f"{value!r} is not an integer of at least {minimum}")
         return value
 
-    def number(self, *names: str, above: float | None = 0.0, default: float | None = None) -> float:
-        """A finite number, greater than above unless that is None."""
+    def number(
+        self,
+        *names: str,
+        above: float | None = 0.0,
+        minimum: float | None = None,
+        maximum: float | None = None,
+        default: float | None = None,
+    ) -> float:
+        """A finite number greater than above, or within the other bounds; None sets no bound."""
         name, value = self.get(*names)
         if value is None:
             if default is None:
                 raise self.error(name, "is missing")
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.error(name, f"{value!r} is not a number")
-        if above is not None and not value > above:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.error(name, f"{value!r} is not a finite number")
+        if minimum is not None:
+            if value < minimum:
+                raise self.error(name, f"{value!r} is below {minimum:g}")
+        elif above is not None and not value > above:
             raise self.error(name, f"{value!r} is not above {above:g}")
+        if maximum is not None and value > maximum:
+            raise self.error(name, f"{value!r} is above {maximum:g}")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:

@@ -146,16 +146,16 @@ def load_generation_defaults(directory: Path) -> GenerationDefaults:
         return GenerationDefaults()
     root = JsonFields.read(file)
 
-    def optional(name: str, above: float) -> float | None:
-        return None if root.get(name)[1] is None else root.number(name, above=above)
+    def optional(name: str, minimum: float | None = None, maximum: float | None = None) -> float | None:
+        return None if root.get(name)[1] is None else root.number(name, minimum=minimum, maximum=maximum)
 
     do_sample = None if root.get("do_sample")[1] is None else root.flag("do_sample", False)
     top_k = None if root.get("top_k")[1] is None else root.integer("top_k", minimum=0)
     return GenerationDefaults(
-        temperature=0.0 if do_sample is False else optional("temperature", -1e-12),
-        top_p=optional("top_p", 0.0),
+        temperature=0.0 if do_sample is False else optional("temperature", minimum=0.0),
+        top_p=optional("top_p", maximum=1.0),
         top_k=top_k,
-        repetition_penalty=optional("repetition_penalty", 0.0),
+        repetition_penalty=optional("repetition_penalty"),
         eos_token_ids=root.integers("eos_token_id", default=()),
         do_sample=do_sample,
     )

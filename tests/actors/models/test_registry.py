@@ -185,7 +185,10 @@ def test_generation_defaults_are_read_and_may_be_missing(directory: Path) -> Non
     change(file, do_sample=False)
     assert load_generation_defaults(directory).temperature == 0.0
     change(file, do_sample=None, temperature=-1.0)
-    with pytest.raises(CheckpointError, match="temperature"):
+    with pytest.raises(CheckpointError, match=r"temperature: -1\.0 is below 0"):
+        load_generation_defaults(directory)
+    change(file, temperature=0.0, top_p=1.5)
+    with pytest.raises(CheckpointError, match=r"top_p: 1\.5 is above 1"):
         load_generation_defaults(directory)
     file.unlink()
     assert load_generation_defaults(directory) == GenerationDefaults()
