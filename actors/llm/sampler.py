@@ -29,7 +29,7 @@ class Sampler:
         self._output_counts: Tensor | None = None
 
     def admit(self, slot: int) -> None:
-        """Count the tokens of a sequence that has just entered a slot, generated ones included after a preemption."""
+        """Count the known tokens of a sequence that has just entered a slot, generated ones included."""
         if not self._slots.sampling.penalised[slot]:
             return
         if self._prompt_mask is None or self._output_counts is None:
@@ -37,7 +37,7 @@ class Sampler:
             self._prompt_mask = torch.zeros(shape, dtype=torch.bool, device=self._device)
             self._output_counts = torch.zeros(shape, dtype=torch.int32, device=self._device)
         num_prompt_tokens = int(self._slots.num_prompt_tokens[slot])
-        token_ids = self._slots.token_ids[slot, : int(self._slots.num_tokens[slot])]
+        token_ids = self._slots.token_ids[slot, : int(self._slots.num_known[slot])]
         mask = np.zeros(self._vocab_size, np.bool_)
         mask[token_ids[:num_prompt_tokens]] = True
         counts = np.bincount(token_ids[num_prompt_tokens:], minlength=self._vocab_size).astype(np.int32)

@@ -33,9 +33,7 @@ def sequence(slot: int, num_tokens: int, blocks: tuple[int, ...], **fields: Any)
     token_ids = tuple(range(100 * slot, 100 * slot + num_tokens))
     values: dict[str, Any] = {"num_prompt_tokens": num_tokens, "media": (), "rope_delta": 0}
     values |= fields
-    return NewSequence(
-        slot, RequestId(f"r{slot}"), token_ids, sampling=Sampling(), block_ids=blocks, **values
-    )  # fmt: skip
+    return NewSequence(slot, RequestId(f"r{slot}"), token_ids, sampling=Sampling(), block_ids=blocks, **values)
 
 
 def test_decode_rows_and_chunks_are_laid_out_in_plan_order() -> None:
@@ -66,9 +64,7 @@ def test_decode_rows_and_chunks_are_laid_out_in_plan_order() -> None:
 
 def test_a_token_that_is_still_on_its_way_is_taken_from_its_slot() -> None:
     slots = Slots(4, 100, BLOCK_SIZE)
-    first = build_batch(
-        StepPlan(1, (), (sequence(2, 4, (0, 1)),), (StepRow(2, 0, 4, (), True),)), slots, 2
-    )  # fmt: skip
+    first = build_batch(StepPlan(1, (), (sequence(2, 4, (0, 1)),), (StepRow(2, 0, 4, (), True),)), slots, 2)
     ahead = StepPlan(2, (), (sequence(0, 2, (2,)),), (StepRow(0, 1, 1, (), True), StepRow(2, 4, 1, (), True)))
     second = build_batch(ahead, slots, 2)
     assert (second.unknown_positions.tolist(), second.unknown_slots.tolist()) == ([1], [2])

@@ -22,27 +22,31 @@ CPU = torch.device("cpu")
 
 
 class Bench:
-    """Slots and a sampler without a model: logits come from the test."""
+    """Slots and a sampler without a model: logits come from the test, plans are applied as Runner.launch does."""
 
     def __init__(self) -> None:
         self.slots = Slots(4, 100, 100)
         self.sampler = Sampler(self.slots, VOCAB_SIZE, CPU)
-        self.step = 0
+        self.to_release: list[int] = []
+        self.to_admit: dict[int, NewSequence] = {}
 
     def admit(self, slot: int, token_ids: list[int], num_prompt_tokens: int, sampling: Sampling) -> None:
-        sequence = NewSequence(
-            slot, RequestId("r"), tuple(token_ids), num_prompt_tokens, (), 0, sampling, (slot,)
-        )  # fmt: skip
-        release = (slot,) if self.slots.num_tokens[slot] else ()
-        build_batch(StepPlan(self.step, release, (sequence,), ()), self.slots, 2)
-        self.sampler.admit(slot)
+        """With the next step, in place of what is in the slot."""
+        self.to_release += [slot] if self.slots.num_tokens[slot] else []
+        sequence = NewSequence(slot, RequestId("r"), tuple(token_ids), num_prompt_tokens, (), 0, sampling, (slot,))
+        self.to_admit[slot] = sequence
 
     def sample(self, slots: list[int], logits: Tensor) -> list[int]:
-        rows = tuple(StepRow(slot, int(self.slots.num_tokens[slot]) - 1, 1, (), True) for slot in slots)
-        batch = build_batch(StepPlan(self.step, (), (), rows), self.slots, 2)
+        lengths = {slot: int(self.slots.num_tokens[slot]) for slot in slots}
+        lengths |= {slot: len(sequence.token_ids) for slot, sequence in self.to_admit.items()}
+        rows = tuple(StepRow(slot, lengths[slot] - 1, 1, (), True) for slot in slots)
+        admit = tuple(self.to_admit.values())
+        batch = build_batch(StepPlan(0, tuple(self.to_release), admit, rows), self.slots, 2)
+        for sequence in admit:
+            self.sampler.admit(sequence.slot)
+        self.to_release, self.to_admit = [], {}
         token_ids = self.sampler.sample(logits, batch)
         self.slots.learn(batch.sample_slots, batch.sample_admissions, token_ids.numpy())
-        self.step += 1
         return token_ids.tolist()
 
 
@@ -121,9 +125,7 @@ def generate(checkpoint: Checkpoint, requests: list[Request], num_tokens: int) -
 
 def test_seeded_draws_are_the_same_alone_and_in_a_batch(one_checkpoint: Checkpoint) -> None:
     def prompts() -> list[Request]:
-        return [
-            one_checkpoint.prompt(90 + seed, 9, sampling=sampling)[0] for seed, sampling in enumerate(DRAWS)
-        ]  # fmt: skip
+        return [one_checkpoint.prompt(90 + seed, 9, sampling=sampling)[0] for seed, sampling in enumerate(DRAWS)]
 
     together = generate(one_checkpoint, prompts(), 12)
     alone = [generate(one_checkpoint, [request], 12)[0] for request in prompts()]
