@@ -38,7 +38,7 @@ from vlmrt.runtime.messages import (
 )
 from vlmrt.runtime.metrics import Metrics
 from vlmrt.runtime.process_table import Process, ProcessTable, RestartBudget
-from vlmrt.runtime.run_dir import RunDir
+from vlmrt.runtime.run_dir import RUN_DIR_VARIABLE, RunDir
 from vlmrt.runtime.spawner import START_FAILED, LocalSpawner, ProcessSpec, Spawner
 from vlmrt.runtime.topology import ActorSpec, actor_specs, restart_groups
 from vlmrt.runtime.transport import control_address, inbox_address, new_context, socket_path
@@ -525,6 +525,6 @@ def _start_sweeper(lifeline_fd: int, run_dir: Path) -> subprocess.Popen[bytes]:
         stderr=subprocess.DEVNULL,
         pass_fds=(lifeline_fd,),
         start_new_session=True,
-        env={},
+        env={name: value for name, value in os.environ.items() if name != RUN_DIR_VARIABLE},
         cwd="/",
     )

@@ -24,13 +24,13 @@ from vlmrt.runtime.topology import ActorKind, ActorSpec, actor_specs
 
 FAKES = "tests.runtime.fake_actors:"
 ROOT = Path(__file__).parents[2]
-DEADLINE_S = 20.0
+DEADLINE_S = 45.0  # a shared machine may be slow; nothing waits that long unless it fails
 SHARED_MEMORY = Path("/dev/shm")
 
 
 def fake_config(events: Path, *, port: int = 0, tp: int = 1, **supervision: Any) -> Config:
     """Quick heartbeats; the fakes write their events into this folder."""
-    options = {"heartbeat_s": 0.05, "heartbeat_timeout_s": 10.0, "start_timeout_s": 30.0, "shutdown_grace_s": 1.0}
+    options = {"heartbeat_s": 0.05, "heartbeat_timeout_s": 60.0, "start_timeout_s": 60.0, "shutdown_grace_s": 1.0}
     return Config(
         model=ModelOptions(directory="", served_names=("fake",), chat_template=str(events)),
         server=ServerOptions(port=port),
@@ -197,7 +197,7 @@ class _PrintingObserver(RecordingObserver):
 def main() -> int:
     events = Path(sys.argv[1])
     fakes: Any = dict(argument.split("=") for argument in sys.argv[2:])
-    config = fake_config(events)
+    config = fake_config(events, shutdown_grace_s=100.0)
     return asyncio.run(Supervisor(config, _PrintingObserver(), specs=fake_specs(config, fakes)).run())
 
 

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from tests.runtime.services import (
+    DEADLINE_S,
     SHARED_MEMORY,
     LeftBehind,
     RecordingObserver,
@@ -119,7 +120,7 @@ async def test_an_actor_that_raises_dies_whole_and_is_restarted(tmp_path: Path) 
 async def test_too_many_restarts_end_the_service_with_one_line(tmp_path: Path) -> None:
     config = fake_config(tmp_path, max_restarts=2)
     async with service(config, {"edge": "Recorder", "scheduler": "DiesOnceUp"}, tmp_path) as running:
-        assert await asyncio.wait_for(running.ended, 30) == 1
+        assert await asyncio.wait_for(running.ended, DEADLINE_S) == 1
     ((_, message),) = running.observer.of("failed")
     assert "scheduler:0 ended more than 2 times within 60 s (supervision.max_restarts)" in message
     assert "exit code 9" in message
@@ -130,17 +131,15 @@ async def test_too_many_restarts_end_the_service_with_one_line(tmp_path: Path) -
 
 
 async def test_a_start_that_fails_ends_the_service_at_once_with_its_line(tmp_path: Path) -> None:
-    began = time.monotonic()
-    async with service(fake_config(tmp_path), {"scheduler": "SlowLoader", "vit": "Unstartable"}, tmp_path) as running:
-        assert await asyncio.wait_for(running.ended, 30) == 1
+    async with service(fake_config(tmp_path), {"scheduler": "NeverReady", "vit": "Unstartable"}, tmp_path) as running:
+        assert await asyncio.wait_for(running.ended, DEADLINE_S) == 1
     assert running.observer.of("failed") == [("failed", "the checkpoint at --model has no weights")]
-    assert time.monotonic() - began < 10
     assert running.observer.of("restarting") == []
 
 
 async def test_a_death_during_the_first_start_ends_the_service(tmp_path: Path) -> None:
     async with service(fake_config(tmp_path), {"scheduler": "Missing"}, tmp_path) as running:
-        assert await asyncio.wait_for(running.ended, 30) == 1
+        assert await asyncio.wait_for(running.ended, DEADLINE_S) == 1
     ((_, message),) = running.observer.of("failed")
     assert "scheduler:0 ended during its start (exit code 70)" in message
 
@@ -149,7 +148,7 @@ async def test_an_actor_that_is_never_ready_hits_the_start_deadline(tmp_path: Pa
     config = fake_config(tmp_path, start_timeout_s=1.5)
     began = time.monotonic()
     async with service(config, {"vit": "NeverReady"}, tmp_path) as running:
-        assert await asyncio.wait_for(running.ended, 30) == 1
+        assert await asyncio.wait_for(running.ended, DEADLINE_S) == 1
     assert time.monotonic() - began >= 0.9 * 1.5
     ((_, message),) = running.observer.of("failed")
     assert message == "vit:0 not ready after 1.5 s (--start-timeout-s)"
@@ -161,7 +160,7 @@ async def test_an_actor_without_heartbeats_is_killed_and_replaced(tmp_path: Path
         await running.until_ready()
         os.kill(running.pid("scheduler:0"), signal.SIGSTOP)
         await running.until_ready(2)
-        ((_, _, epoch, reason),) = running.observer.of("down")
+        _, _, epoch, reason = running.observer.of("down")[0]
         assert epoch == 1
         assert "no heartbeat for 2 s (supervision.heartbeat_timeout_s)" in reason
 
@@ -189,7 +188,7 @@ async def test_an_observer_that_raises_ends_the_service_and_leaves_nothing(
 
     monkeypatch.setattr(RecordingObserver, "actor_up", broken)
     async with service(fake_config(tmp_path), {"edge": "Recorder", "scheduler": "Recorder"}, tmp_path) as running:
-        assert await asyncio.wait_for(running.ended, 30) == 1
+        assert await asyncio.wait_for(running.ended, DEADLINE_S) == 1
     assert running.observer.of("failed") == [("failed", "internal error: BrokenPipeError('planted')")]
 
 
@@ -197,7 +196,7 @@ async def test_an_edge_still_gets_its_answers_while_it_stops(tmp_path: Path) -> 
     async with service(fake_config(tmp_path), {"edge": "Drainer", "scheduler": "Ponger"}, tmp_path) as running:
         await running.until_line("edge:0", "1 up scheduler:0 1")
         running.supervisor.request_stop()
-        assert await asyncio.wait_for(running.ended, 20) == 0
+        assert await asyncio.wait_for(running.ended, DEADLINE_S) == 0
     assert running.lines("edge:0")[-3:] == ["1 stop", "1 message TokenBatch from scheduler:0", "1 drained"]
 
 
@@ -265,7 +264,7 @@ def test_a_signal_ends_a_service_process_cleanly(number: signal.Signals, tmp_pat
         process.send_signal(number)
         output = read_until(process, "stopping")
         assert f"got {number.name}" in output
-        assert process.wait(15) == 0
+        assert process.wait(DEADLINE_S) == 0
     assert not any(child.is_running() for child in children)
     assert read_events(tmp_path, "edge:0")[-1] == "1 stop"
 
@@ -277,7 +276,7 @@ def test_signals_to_children_are_ignored(tmp_path: Path) -> None:
             child.send_signal(signal.SIGINT)
             child.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(15) == 0
+        assert process.wait(DEADLINE_S) == 0
     assert read_events(tmp_path, "edge:0")[-1] == "1 stop"
 
 
@@ -292,7 +291,7 @@ def test_killing_the_supervisor_leaves_no_process_no_run_dir_and_no_shared_memor
         assert len(children) == 5  # three actors, a grandchild in a session of its own, and the sweeper
         process.kill()
         process.wait()
-        assert LeftBehind(run_root, children, shared_before).after(10) == []
+        assert LeftBehind(run_root, children, shared_before).after(DEADLINE_S) == []
 
 
 def test_killing_the_supervisor_while_actors_start_leaves_nothing(tmp_path: Path, run_root: Path) -> None:
@@ -302,7 +301,7 @@ def test_killing_the_supervisor_while_actors_start_leaves_nothing(tmp_path: Path
             time.sleep(0.001)
         process.kill()
         process.wait()
-        assert LeftBehind(run_root, children, set(SHARED_MEMORY.iterdir())).after(10) == []
+        assert LeftBehind(run_root, children, set(SHARED_MEMORY.iterdir())).after(DEADLINE_S) == []
 
 
 def test_the_leak_check_finds_planted_leaks(tmp_path: Path) -> None:
@@ -337,7 +336,5 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
         read_until(process, "ready")
         process.send_signal(signal.SIGTERM)
         read_until(process, "stopping")
-        process.send_signal(signal.SIGTERM)
-        began = time.monotonic()
-        assert process.wait(15) == 0
-        assert time.monotonic() - began < 2.5
+        process.send_signal(signal.SIGTERM)  # the first one gives 100 s of grace
+        assert process.wait(DEADLINE_S) == 0
