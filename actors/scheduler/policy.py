@@ -8,7 +8,8 @@ media keeps its place only while nobody else could use it.  All of it is decided
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import NamedTuple
@@ -210,26 +211,20 @@ class Planner:
         return block_ids
 
     def _plan_prefills(self, draft: Draft) -> None:
-        may_admit = True
-        for request in self._in_order():
-            if draft.budget == 0:
-                return
-            if request.status is Status.RUNNING:
-                if request.num_unplanned_tokens > 0 and not request.is_fully_planned:
-                    self._plan_chunk(request, draft)
-            elif may_admit and not request.awaits_media and not draft.has_preempted:
-                may_admit = self._admit(request, draft)
-
-    def _in_order(self) -> Iterator[Request]:
-        """Running requests that are not decoding, and waiting ones, merged by key."""
-        running = [r for r in self.running if r.num_planned_tokens < len(r.token_ids)]
-        if not running:
-            yield from list(self.waiting)
-            return
-        yield from sorted((*running, *self.waiting), key=_BY_KEY)
+        """Running prefills and admissions, merged by key, until the budget is spent."""
+        prefills = deque([r for r in self.running if r.num_planned_tokens < len(r.token_ids)])
+        for request in [r for r in self.waiting if not r.awaits_media]:
+            while prefills and prefills[0].key < request.key:
+                self._plan_chunk(prefills.popleft(), draft)
+            if draft.has_preempted or draft.budget == 0 or not self._admit(request, draft):
+                break
+        for request in prefills:
+            self._plan_chunk(request, draft)
 
     def _plan_chunk(self, request: Request, draft: Draft) -> None:
-        """A row of as many tokens as budget, embeddings and blocks allow."""
+        """A row of as many tokens as budget, embeddings and blocks allow, if any."""
+        if request.status is not Status.RUNNING:
+            return  # preempted since it was found to be running
         start, block_size = request.num_planned_tokens, self.limits.block_size
         end = self._runnable_end(request, start, start + draft.budget)
         if end <= start:

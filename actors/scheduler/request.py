@@ -58,11 +58,6 @@ class Request:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
-    def num_unplanned_tokens(self) -> int:
-        """Tokens to run next, the one that a step in flight will sample included."""
-        return len(self.token_ids) + self.num_pending_samples - self.num_planned_tokens
-
-    @property
     def is_fully_planned(self) -> bool:
         """The steps in flight bring its last token at the latest."""
         return len(self.token_ids) - self.num_prompt_tokens + self.num_pending_samples >= self.max_tokens
