@@ -171,7 +171,7 @@ def _guard(collaborators: AppCollaborators, origins: OriginPolicy) -> Middleware
         except web.HTTPException as error:
             response = _error_response(_from_http(error, request), error)
         except ConnectionResetError:  # nobody is left to answer
-            raise
+            response = web.Response(status=499)
         except Exception:
             logger.exception("request %s failed", request[LABEL])
             metrics.add("request_errors_total", code="internal_error")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import secrets
 import time
@@ -32,6 +33,8 @@ from vlmrt.runtime.metrics import Metrics
 ALIAS = "model"  # answers always, whatever the model is called
 _FIELD_NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 MAX_NAMED_FIELDS = 16
+
+logger = logging.getLogger(__name__)
 
 
 class ChatCollaborators(Struct, frozen=True):
@@ -200,12 +203,12 @@ class ChatEndpoint:
         stream = EventStream(request, {**prepared.headers, **answer.headers()}, self._with.write_timeout_s)
         try:
             text = answer.take(outputs)
-            data = chunks.role(answer.usage)
+            data = chunks.role(_counts(chunks, answer))
             while True:
                 if text:
-                    data += chunks.text(text, answer.usage)
+                    data += chunks.text(text, _counts(chunks, answer))
                 if answer.finish_reason is not None:
-                    data += chunks.finish(answer.finish_reason, answer.usage) + chunks.end(answer.usage)
+                    data += chunks.finish(answer.finish_reason, _counts(chunks, answer)) + chunks.end(answer.usage)
                 if data:
                     await stream.write(data)
                 if answer.finish_reason is not None:
@@ -214,6 +217,14 @@ class ChatEndpoint:
         except RequestError as error:
             self._with.metrics.add("request_errors_total", code=error.code or str(error.status))
             await stream.fail(error)
+        except ConnectionError:
+            raise
+        except Exception:
+            if not stream.begun:
+                raise
+            logger.exception("%s failed while it was streamed", open_request.request_id)
+            self._with.metrics.add("request_errors_total", code="internal_error")
+            await stream.fail(RequestError("internal error", status=500, code="internal_error"))
         return await stream.close()
 
 
@@ -281,6 +292,10 @@ def _deadline(open_request: OpenRequest, at_s: float, timeout_s: float) -> Itera
 
 def _too_late(timeout_s: float) -> RequestError:
     return RequestError(f"the request took longer than {timeout_s:g} s", status=504, code="request_timeout")
+
+
+def _counts(chunks: ChunkEncoder, answer: Answer) -> ChatUsage | None:
+    return answer.usage if chunks.usage == "every" else None
 
 
 def _usage_style(chat: ChatRequest) -> UsageStyle:

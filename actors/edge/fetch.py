@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import binascii
 import os
 import re
@@ -13,7 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
@@ -34,7 +33,7 @@ MIB = 1 << 20
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]  # host, port -> addresses
 
 _DATA_URL = re.compile(r"data:([^,]{0,512}),", re.IGNORECASE)
-_BASE64_ALPHABET = str.maketrans("-_", "+/", " \t\r\n\f\v=")
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 
 class MediaFetcher:
@@ -212,15 +211,25 @@ def decode_data_url(url: str) -> bytes:
         raise RefusedUrl("the data URL is not base64: it must begin like data:image/png;base64,")
     if media_type and media_type != "application/octet-stream" and not media_type.startswith("image/"):
         raise RefusedUrl("the data URL's media type is not image/*")
-    text = url[head.end() :]
-    text = (unquote(text) if "%" in text else text).translate(_BASE64_ALPHABET)
     try:
-        encoded = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
-    except (binascii.Error, ValueError):
+        encoded = _decode_base64(url[head.end() :])
+    except ValueError:
         raise RefusedUrl("the data URL's base64 is broken") from None
     if not encoded:
         raise RefusedUrl("the data URL is empty")
     return encoded
+
+
+def _decode_base64(text: str) -> bytes:
+    """Raises: ValueError."""
+    plain = text.encode("ascii")
+    try:
+        return binascii.a2b_base64(plain, strict_mode=True)
+    except binascii.Error:
+        if b"%" in plain:
+            plain = unquote_to_bytes(plain)
+        plain = plain.translate(_URL_SAFE, b" \t\r\n\f\v=")
+        return binascii.a2b_base64(plain + b"=" * (-len(plain) % 4), strict_mode=True)
 
 
 def read_file_url(url: str, root: str, max_bytes: int) -> bytes:

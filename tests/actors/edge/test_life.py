@@ -18,6 +18,7 @@ from tests.actors.edge.running import MODEL, RunningEdge, edge_config, http, run
 from tests.pictures import noise, picture
 from tests.support import peer_down, peer_up
 from vlmrt.actors.edge import body as edge_body
+from vlmrt.actors.edge.detokenizer import Detokenizer
 from vlmrt.runtime.config import ServerOptions
 from vlmrt.runtime.errors import WireError
 from vlmrt.runtime.messages import Abort, ActorName, Decode, MediaUnsent, MmHash, NeedMedia, SchedulerReady, Submit
@@ -210,7 +211,9 @@ async def test_a_body_that_stops_coming_is_408(edge: RunningEdge, monkeypatch: p
     await gone(edge)
 
 
-async def test_a_client_that_does_not_read_is_cut_and_aborted(checkpoint: Path, tmp_path: Path) -> None:
+async def test_a_client_that_does_not_read_is_cut_and_aborted(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async with running_edge(edge_config(checkpoint), tmp_path, write_timeout_s=0.2) as edge:
         async with connection(edge.port, receive_buffer=4096) as raw:
             await raw.post(STREAM)
@@ -224,6 +227,29 @@ async def test_a_client_that_does_not_read_is_cut_and_aborted(checkpoint: Path, 
                     break
             assert (await edge.aborted()).request_id == submit.request_id
         await gone(edge)
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_mistake_of_ours_is_an_internal_error_that_tells_nothing(
+    begun: bool, edge: RunningEdge, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with connection(edge.port) as raw:
+        await raw.post(STREAM)
+        submit = await edge.submitted()
+        if begun:
+            await edge.output(submit, edge.ids("some"))
+            await raw.head()
+        monkeypatch.setattr(Detokenizer, "push", lambda *arguments: 1 / 0)
+        await edge.output(submit, edge.ids("more"))
+        if not begun:
+            assert (await raw.head())[0] == 500
+        body = await raw.reader.read()
+        assert b'"message":"internal error"' in body
+        assert b"ZeroDivision" not in body
+        assert (b"data: [DONE]" in body) == begun
+        await edge.aborted()
+    assert "ZeroDivisionError" in caplog.text
 
 
 async def test_a_queue_that_nobody_empties_is_bounded(edge: RunningEdge) -> None:
