@@ -94,6 +94,7 @@ def thread_environment(spec: ActorSpec) -> dict[str, str]:
     threads = str(spec.num_threads)
     return {
         "OMP_NUM_THREADS": threads,
+        "OMP_WAIT_POLICY": "passive",  # threads that spin at a barrier take the cores that other actors need
         "MKL_NUM_THREADS": threads,
         "OPENBLAS_NUM_THREADS": threads,
         "NUMEXPR_NUM_THREADS": threads,

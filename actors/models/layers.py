@@ -30,7 +30,9 @@ class TensorParallel:
             return x
         rows, columns = x.shape
         gathered = x.new_empty(self.size * rows, columns)
-        dist.all_gather_into_tensor(gathered, x.contiguous(), group=self.group)
+        # torch 2.13 renames it and warns about the old name, which is all that torch 2.11 has
+        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+        gather(gathered, x.contiguous(), group=self.group)
         return gathered.view(self.size, rows, columns).transpose(0, 1).reshape(rows, self.size * columns)
 
 

@@ -82,6 +82,7 @@ def test_draws_are_those_of_the_cpu() -> None:
     assert (tokens[0] != tokens[1]).sum() <= 1
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @torch.inference_mode()
 def test_a_step_neither_waits_for_the_device_nor_writes_skipped_rows() -> None:
     q, k, v = (torch.randn(5, heads, 32, device=GPU) for heads in (4, 2, 2))
