@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import httpx
 import openai
@@ -37,6 +37,11 @@ class Server:
         self.output = output
         self.url = f"http://127.0.0.1:{port}"
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+    def chat(self, content: str | list[dict[str, Any]], **fields: Any) -> Any:
+        """One chat completion about this user message; a ChatCompletion, or with stream=True a stream of chunks."""
+        create: Any = self.client.chat.completions.create
+        return create(model="model", messages=[{"role": "user", "content": content}], **fields)
 
     def actors(self) -> list[ActorProcess]:
         """The live actor processes, by the name in their command line."""

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -55,17 +56,12 @@ class Load:
             self.longest_s = max(self.longest_s, time.monotonic() - began)
 
     def ask(self, rng: random.Random) -> None:
-        content = [{"type": "text", "text": "Describe the image."}]
+        content: list[dict[str, Any]] = [{"type": "text", "text": "Describe the image."}]
         if rng.random() < 0.6:
             content.insert(0, picture(rng.randrange(40)).part)
-        answer = self.server.client.chat.completions.create(
-            model="model",
-            messages=[{"role": "user", "content": content}],  # type: ignore[list-item]
-            max_tokens=40,
-            stream=rng.random() < 0.5,  # type: ignore[call-overload]
-            extra_body={"ignore_eos": True},
-        )
-        if isinstance(answer, openai.Stream):
+        stream = rng.random() < 0.5
+        answer = self.server.chat(content, max_tokens=40, stream=stream, extra_body={"ignore_eos": True})
+        if stream:
             assert list(answer)[-1].choices[0].finish_reason == "length"
         else:
             assert answer.choices[0].finish_reason == "length"
