@@ -56,7 +56,8 @@ class Server:
         return found
 
     def pid(self, name: str) -> int:
-        return next(actor.process.pid for actor in self.actors() if actor.name == name)
+        pid: int = next(actor.process.pid for actor in self.actors() if actor.name == name)
+        return pid
 
     def metrics(self) -> dict[str, float]:
         """Sums over labels and actors, by metric name."""
@@ -93,7 +94,8 @@ class Server:
 
 
 def descendants(pid: int) -> list[psutil.Process]:
-    return psutil.Process(pid).children(recursive=True)
+    found: list[psutil.Process] = psutil.Process(pid).children(recursive=True)
+    return found
 
 
 def left_over(processes: list[psutil.Process], deadline_s: float = 15.0) -> list[psutil.Process]:

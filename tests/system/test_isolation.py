@@ -13,9 +13,8 @@ NUM_TOKENS = 200
 
 def stream_text(server: Server, index: int) -> int:
     """The tokens of one text stream, to its end."""
-    stream = server.client.chat.completions.create(
-        model="model",
-        messages=[{"role": "user", "content": f"Count to {index}."}],
+    stream = server.chat(
+        f"Count to {index}.",
         max_tokens=NUM_TOKENS,
         temperature=1.0,
         seed=index,
@@ -31,14 +30,8 @@ def test_text_streams_run_to_their_end_while_the_tower_is_blocked(run_root: Path
         (run_dir,) = run_root.iterdir()
         gate = run_dir / "hold-vit.encode"
         gate.touch()
-        blocked = pool.submit(
-            server.client.chat.completions.create,
-            model="model",
-            messages=[
-                {"role": "user", "content": [picture(0).part, {"type": "text", "text": "What is in the image?"}]}
-            ],
-            max_tokens=20,
-        )
+        question = [picture(0).part, {"type": "text", "text": "What is in the image?"}]
+        blocked = pool.submit(server.chat, question, max_tokens=20)
         first = [pool.submit(stream_text, server, index) for index in range(4)]
         assert [future.result(120) for future in first] == [NUM_TOKENS] * 4
         later = [pool.submit(stream_text, server, index) for index in range(4, 8)]  # new requests start as well

@@ -163,13 +163,7 @@ def test_all_actors_outlive_every_wrong_request(demo_server: Server) -> None:
         httpx.post(f"{demo_server.url}/v1/chat/completions", json={"model": "model", **body}, timeout=30)
     assert {actor.name: actor.process.pid for actor in demo_server.actors()} == before
     assert demo_server.metrics()["vlmrt_requests_running"] == 0
-    assert (
-        demo_server.client.chat.completions.create(
-            model="model", messages=[{"role": "user", "content": "Hello"}], max_tokens=8
-        )
-        .choices[0]
-        .message.content
-    )
+    assert demo_server.chat("Hello", max_tokens=8).choices[0].message.content
 
 
 # ---------------------------------------------------------------- start-up
