@@ -22,7 +22,8 @@ def stream_text(server: Server, index: int) -> int:
         stream_options={"include_usage": True},
         extra_body={"ignore_eos": True},
     )
-    return [chunk.usage.completion_tokens for chunk in stream if chunk.usage is not None][-1]
+    num_tokens: int = [chunk.usage.completion_tokens for chunk in stream if chunk.usage is not None][-1]
+    return num_tokens
 
 
 def test_text_streams_run_to_their_end_while_the_tower_is_blocked(run_root: Path) -> None:
