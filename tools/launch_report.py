@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from vlmrt.actors.models.config import ModelConfig
 from vlmrt.actors.models.registry import load_generation_defaults
@@ -19,6 +19,8 @@ from vlmrt.tools import demo
 
 PICTURE = Path(__file__).parent / "red-circle.png"
 QUESTION = "What color is the circle?"
+LOADING_WEIGHTS = "loading weights"  # the stage that counts bytes
+MIB = 1 << 20
 
 
 class LaunchReport:
@@ -35,18 +37,19 @@ class LaunchReport:
         self._tasks: dict[tuple[ActorName, str], TaskID] = {}
         self._line(f"vlmrt: starting {config.model.served_names[0]} on {self._place()}")
         if self._console.is_terminal:
-            columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn())
+            columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"))
             self._bars = Progress(*columns, console=self._console, transient=True)
             self._bars.start()
 
     def progress(self, actor: ActorName, stage: str, done: int, total: int) -> None:
+        amount = f"{done / MIB:.1f}/{total / MIB:.1f} MiB" if stage == LOADING_WEIGHTS else f"{done}/{total}"
         if self._bars is not None:
             key = (actor, stage)
             if key not in self._tasks:
-                self._tasks[key] = self._bars.add_task(f"{actor} {stage}", total=total)
-            self._bars.update(self._tasks[key], completed=done, total=total)
+                self._tasks[key] = self._bars.add_task(f"{actor} {stage}", total=total, amount=amount)
+            self._bars.update(self._tasks[key], completed=done, total=total, amount=amount)
         elif done in (0, total):
-            self._line(f"  {actor}: {stage} {done}/{total}")
+            self._line(f"  {actor}: {stage} {amount}")
 
     def actor_up(self, actor: ActorName, epoch: Epoch, capabilities: Capabilities) -> None:
         if isinstance(capabilities, LlmReady):
