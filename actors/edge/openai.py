@@ -14,23 +14,27 @@ from vlmrt.runtime.errors import RequestError
 
 MAX_FIELDS = 256  # of the top level of a body
 MAX_MESSAGES = 4096
+MAX_PARTS = 4096  # of one message
 MAX_STOPS = 16
 MAX_STOP_CHARS = 512
 MAX_STOP_TOKEN_IDS = 256
 MAX_SALT_CHARS = 128
 MAX_SHOWN_CHARS = 60  # of a wrong value in an error message
 MAX_LOOKUP_BYTES = 1 << 20  # bodies above this get errors without the wrong value
+MAX_NAMED_BYTES = 4 << 20  # bodies above this do not have their unknown fields named
+
+NULL = Raw(b"null")
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 Int32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 
 
-class ImageUrl(Struct, frozen=True):
+class ImageUrl(Struct, frozen=True, gc=False):
     url: str
     detail: Literal["auto", "low", "high"] | None = None
 
 
-class ContentPart(Struct, frozen=True):
+class ContentPart(Struct, frozen=True, gc=False):
     """One part of a message; `type` says which of the other fields counts."""
 
     type: str
@@ -78,24 +82,24 @@ class ChatRequest(Struct, frozen=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     response_format: dict[str, Any] | None = None
-    tools: list[Any] | None = None
-    functions: list[Any] | None = None
+    tools: Raw = NULL  # what is refused or ignored is never built
+    functions: Raw = NULL
     tool_choice: str | dict[str, Any] | None = None
     modalities: list[str] | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Raw = NULL
     cache_salt: str | None = None
     priority: Int32 | None = None
     return_token_ids: bool | None = None  # the answer names its prompt_token_ids and token_ids
     # accepted and without effect
-    user: Any = None
-    metadata: Any = None
-    store: Any = None
-    service_tier: Any = None
-    parallel_tool_calls: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
-    reasoning_effort: Any = None
-    verbosity: Any = None
+    user: Raw = NULL
+    metadata: Raw = NULL
+    store: Raw = NULL
+    service_tier: Raw = NULL
+    parallel_tool_calls: Raw = NULL
+    safety_identifier: Raw = NULL
+    prompt_cache_key: Raw = NULL
+    reasoning_effort: Raw = NULL
+    verbosity: Raw = NULL
     prediction: None = None
     audio: None = None
 
@@ -132,7 +136,7 @@ def parse_chat_request(body: bytes) -> tuple[ChatRequest, tuple[str, ...]]:
     Raises: RequestError 400 naming field, value and bound.
     """
     try:
-        fields = _fields_decoder.decode(body)
+        fields = _fields_decoder.decode(body) if len(body) <= MAX_NAMED_BYTES else {}
         if len(fields) > MAX_FIELDS:
             raise RequestError(f"the body has {len(fields)} fields, more than {MAX_FIELDS}", code="too_many_fields")
         request = _request_decoder.decode(body)
@@ -202,15 +206,15 @@ def _check_unsupported(request: ChatRequest) -> None:
     _refuse((request.n or 1) != 1, "n", f" = {request.n} is not supported (supported: 1)", code)
     _refuse(bool(request.logprobs), "logprobs", " = true is not supported yet", code)
     _refuse(bool(request.top_logprobs), "top_logprobs", " needs logprobs, which is not supported yet", code)
-    _refuse(bool(request.tools), "tools", ": tool calls are not supported yet", code)
-    _refuse(bool(request.functions), "functions", ": function calls are not supported", code)
+    _refuse(_is_filled(request.tools), "tools", ": tool calls are not supported yet", code)
+    _refuse(_is_filled(request.functions), "functions", ": function calls are not supported", code)
     _refuse(
         request.tool_choice not in (None, "none", "auto"),
         "tool_choice",
         ": only none and auto are supported, since tools are not supported yet",
         code,
     )
-    _refuse(bool(request.logit_bias), "logit_bias", " is not supported yet", code)
+    _refuse(_is_filled(request.logit_bias), "logit_bias", " is not supported yet", code)
     _refuse(any(kind != "text" for kind in request.modalities or ()), "modalities", " may hold text only", code)
     kind = (request.response_format or {"type": "text"}).get("type")
     _refuse(kind != "text", "response_format.type", f" = {_short(kind)} is not supported (supported: text)", code)
@@ -222,6 +226,10 @@ def _check_unsupported(request: ChatRequest) -> None:
     )
     unstreamed = request.stream_options is not None and not request.stream
     _refuse(unstreamed, "stream_options", " is allowed only where stream is true")
+
+
+def _is_filled(value: Raw) -> bool:
+    return bytes(value).strip() not in (b"null", b"[]", b"{}")
 
 
 def _short(value: object) -> str:
@@ -248,6 +256,8 @@ def _check_message(message: ChatMessage, param: str) -> None:
     _refuse(bad_name, f"{param}.name", " may hold 1 to 64 letters, digits, '.', '_' and '-' only")
     if isinstance(message.content, list):
         _refuse(not message.content, f"{param}.content", " is an empty list: at least one part is needed")
+        count = len(message.content)
+        _refuse(count > MAX_PARTS, f"{param}.content", f" has {count} parts, more than {MAX_PARTS}")
         for index, part in enumerate(message.content):
             _check_part(part, f"{param}.content[{index}]")
 

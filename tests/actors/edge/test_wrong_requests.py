@@ -89,6 +89,8 @@ TABLE = [
     Wrong("no content", {"messages": [*HELLO, {"role": "user"}]}, "messages[1].content", "missing_field"),
     Wrong("content a number", messages(user(5)), "messages[0].content", "invalid_value"),
     Wrong("content empty list", messages(user([])), "messages[0].content", "invalid_value"),
+    Wrong("too many parts", messages(user([{"type": "x"}] * 4097)), "messages[0].content", "invalid_value"),
+    Wrong("a million ignored keys", {"metadata": dict.fromkeys(map(str, range(10**6)))}, "messages", "missing_field"),
     Wrong("name with spaces", {"messages": [{**HELLO[0], "name": "a b"}]}, "messages[0].name", "invalid_value"),
     Wrong("part without type", part(text="x"), "messages[0].content[0].type", "missing_field"),
     Wrong("text part without text", part(type="text"), "messages[0].content[0].text", "missing_field"),
