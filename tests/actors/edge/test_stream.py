@@ -302,3 +302,17 @@ async def test_ignore_eos_leaves_the_clients_stop_tokens_only(edge: RunningEdge)
     assert submit.stop.min_tokens == 2
     await edge.answer(submit, "x")
     await call
+
+
+async def test_token_ids_are_returned_where_asked_for(edge: RunningEdge) -> None:
+    call = asyncio.create_task(_create(edge, extra_body={"return_token_ids": True}))
+    submit = await edge.submitted()
+    await edge.answer(submit, "some words")
+    done = (await call).model_dump()
+    assert done["prompt_token_ids"] == list(submit.prompt_token_ids)
+    assert done["choices"][0]["token_ids"] == edge.ids("some words")
+    call = asyncio.create_task(_create(edge))
+    await edge.answer(await edge.submitted(), "some words")
+    assert "token_ids" not in (await call).model_dump()["choices"][0]
+    with pytest.raises(openai.BadRequestError, match="return_token_ids"):
+        await _create(edge, stream=True, extra_body={"return_token_ids": True})
