@@ -136,7 +136,7 @@ async def ask_server(
     base_url: str, model: str | None, dialogues: list[Dialogue], concurrency: int, stream: bool, seed: int = SEED
 ) -> list[Result]:
     """Asks every last question through the openai client, so many at a time, and returns the results in order."""
-    from openai import AsyncOpenAI
+    from openai import APIError, AsyncOpenAI
 
     async with AsyncOpenAI(base_url=base_url, api_key="none", timeout=120, max_retries=0) as client:
         name = model or (await client.models.list()).data[0].id
@@ -145,7 +145,11 @@ async def ask_server(
         async def one(number: int, dialogue: Dialogue) -> Result:
             async with gate:
                 chat = messages(random.Random(seed + number), dialogue)
-                return _result(dialogue, await _ask(client, name, chat, stream))
+                try:
+                    answer = await _ask(client, name, chat, stream)
+                except APIError as error:  # a refused or failed request is a wrong answer, said in the list of those
+                    answer = f"<{type(error).__name__}: {error.message}>"
+                return _result(dialogue, answer)
 
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(one(number, dialogue)) for number, dialogue in enumerate(dialogues)]
