@@ -193,6 +193,7 @@ class ProcessContext:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self._report: Callable[[Message], None] | None = None
+        self._told: tuple[str, int] | None = None  # the last progress reported
         self._tasks: asyncio.TaskGroup | None = None
 
     def bind(self, report: Callable[[Message], None], tasks: asyncio.TaskGroup) -> None:
@@ -200,7 +201,12 @@ class ProcessContext:
         self._report, self._tasks = report, tasks
 
     def progress(self, stage: str, done: int, total: int) -> None:
+        """Told on once per hundredth of a stage."""
         assert self._report is not None
+        hundredth = (stage, 100 * done // max(1, total))
+        if hundredth == self._told:
+            return
+        self._told = hundredth
         if threading.get_ident() == self._thread:
             self._report(Progress(stage, done, total))
         else:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -106,7 +106,7 @@ def load_rank(context: ActorContext) -> LoadedRank:
             config.supervision.step_timeout_s,
         )
         model = family(model_config.model_type).load_language(
-            files, model_config, group.tp, device, dtype, _in_hundredths(context)
+            files, model_config, group.tp, device, dtype, partial(context.progress, "loading weights")
         )
     except CheckpointError as error:
         raise StartupError(str(error)) from None
@@ -121,20 +121,6 @@ def load_rank(context: ActorContext) -> LoadedRank:
         runner = Runner(model, kv, slots, model_config.vision.spatial_merge_size, device, threads)
         _warm_up(runner, 1, CPU_WARM_UP_TOKENS, num_blocks, config)
     return LoadedRank(num_blocks, group, runner, context)
-
-
-def _in_hundredths(context: ActorContext) -> Callable[[int, int], None]:
-    """Progress of the weights in bytes, told once per hundredth."""
-    told = -1
-
-    def progress(done: int, total: int) -> None:
-        nonlocal told
-        hundredth = 100 * done // max(1, total)
-        if hundredth != told:
-            told = hundredth
-            context.progress("loading weights", done, total)
-
-    return progress
 
 
 def _run_largest_step(

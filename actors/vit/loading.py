@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def load_encoder(context: ActorContext) -> Encoder:
         model_config = load_model_config(directory)
         processing = load_image_processing(directory)
         tower = family(model_config.model_type).load_vision(
-            check_weight_files(directory), model_config, device, dtype, _in_hundredths(context)
+            check_weight_files(directory), model_config, device, dtype, partial(context.progress, "loading weights")
         )
     except CheckpointError as error:
         raise StartupError(str(error)) from None
@@ -84,17 +84,3 @@ def _warm_up(engine: VisionEngine[Any], processing: ImageProcessing, grid: GridT
     while not engine.run_quantum(run):
         pass
     engine.rows(run)
-
-
-def _in_hundredths(context: ActorContext) -> Callable[[int, int], None]:
-    """Progress of the weights in bytes, told once per hundredth."""
-    told = -1
-
-    def progress(done: int, total: int) -> None:
-        nonlocal told
-        hundredth = 100 * done // max(1, total)
-        if hundredth != told:
-            told = hundredth
-            context.progress("loading weights", done, total)
-
-    return progress
