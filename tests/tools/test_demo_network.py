@@ -22,7 +22,7 @@ from vlmrt.tools.demo.in_process import TransformersChat
 from vlmrt.tools.demo.network import Network, Shape
 from vlmrt.tools.demo.optimizer import orthogonalised
 from vlmrt.tools.demo.processing import MAX_PIXELS, MIN_PIXELS, patches, resized, smart_resize
-from vlmrt.tools.demo.train import run, save, to_device
+from vlmrt.tools.demo.train import Trainer, run, save, schedule, to_device
 
 LIMITS = Limits(dialogues=4, tokens=2048, patches=4096, units=32, answers=64)
 
@@ -122,3 +122,25 @@ def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
     values = torch.linalg.svdvals(orthogonalised(torch.randn(2, 24, 40)))
     assert values.min() > 0.5
     assert values.max() < 1.3
+
+
+def test_a_few_steps_on_one_batch_lower_both_losses(tokenizer: Tokenizer) -> None:
+    torch.manual_seed(2)
+    shape = Shape(
+        vocab_size=1152, depth=1, embed_dim=64, hidden_size=64, intermediate_size=96, num_layers=1, num_kv_heads=1
+    )
+    network = Network(shape)
+    network.initialise()
+    rng = random.Random(6)
+    chats = [dialogue(rng, Scenery(), {"one_shape": 1.0}) for _ in range(4)]
+    batch = to_device(pack(chats, tokenizer, LIMITS), torch.device("cpu"))
+    trainer = Trainer(network, shape, torch.device("cpu"))
+    first, *_, last = [trainer.step(batch, learning_rate=5e-3, cell_weight=0.5).tolist() for _ in range(12)]
+    assert last[0] < 0.7 * first[0]
+    assert last[1] < 0.9 * first[1]
+
+
+def test_the_learning_rate_warms_up_and_falls_to_a_hundredth() -> None:
+    assert schedule(0.0, step=0, peak=1.0) == pytest.approx(0.01)
+    assert schedule(0.0, step=200, peak=1.0) == pytest.approx(1.0)
+    assert schedule(1.0, step=5000, peak=1.0) == pytest.approx(0.01)
