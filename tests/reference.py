@@ -48,17 +48,25 @@ class Reference:
 
     @torch.inference_mode()
     def judge(self, inputs: dict[str, torch.Tensor], output_ids: list[int]) -> Verdict:
-        """Feed our own tokens; each must be the reference's argmax or within TIE of its best logit."""
+        """Feed our own tokens; each must be the reference's argmax or within TIE of its best logit.
+
+        The answer goes in as a second call on the prompt's cache, where a generated placeholder is a token like others.
+        """
         prompt = inputs["input_ids"]
-        ids = torch.cat([prompt, torch.tensor([output_ids])], dim=1)
-        image_token_id = self.model.config.image_token_id
         media = {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
-        logits = self.model(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            mm_token_type_ids=(ids == image_token_id).int(),
+        types = (prompt == self.model.config.image_token_id).int()
+        begun = self.model(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            mm_token_type_ids=is_image,
+            use_cache=True,
             **media,
-        ).logits[0, prompt.shape[1] - 1 : -1]
+        )
+        first = prompt.shape[1] + int(self.model.model.rope_deltas)
+        answer = torch.tensor([output_ids[:-1]])
+        positions = (first + torch.arange(answer.shape[1])).expand(3, 1, -1)
+        continued = self.model(input_ids=answer, position_ids=positions, past_key_values=begun.past_key_values)
+        logits = torch.cat([begun.logits[0, -1:], continued.logits[0]])
         best = logits.max(dim=-1).values
         chosen = logits.gather(1, torch.tensor(output_ids)[:, None])[:, 0]
         gaps = best - chosen
