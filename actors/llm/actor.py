@@ -6,12 +6,13 @@ The event loop only passes work to the step thread and results to the scheduler;
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any, assert_never
 
 from vlmrt.actors.llm.rank import load_rank
-from vlmrt.actors.llm.step_thread import EndOfEpoch, Rank, StepThread, Work
+from vlmrt.actors.llm.step_thread import EndOfEpoch, OpenedSlab, Rank, StepThread, Work
 from vlmrt.runtime.actor import ActorContext
 from vlmrt.runtime.errors import ChannelFull, VlmrtError
 from vlmrt.runtime.messages import (
@@ -27,12 +28,15 @@ from vlmrt.runtime.messages import (
     StepPlan,
     StepResult,
 )
+from vlmrt.runtime.slab import open_slab
 
 SCHEDULER = ActorName("scheduler:0")
 MAX_QUEUED = 64  # pieces of work in the thread's queue: a scheduler plans one step ahead, the rest are slabs
 MAX_WATCH_INTERVAL_S = 1.0
 
 LoadRank = Callable[[ActorContext], Rank[Any]]
+
+logger = logging.getLogger(__name__)
 
 
 class StepStuck(VlmrtError):
@@ -78,7 +82,9 @@ class LlmActor:
 
     async def handle(self, message: LlmInbox, sender: ActorName) -> None:
         match message:
-            case StepPlan() | AttachSlab() | DetachSlab():
+            case AttachSlab():
+                await self._attach(message)
+            case StepPlan() | DetachSlab():
                 await self._put(message)
             case _:
                 assert_never(message)
@@ -94,6 +100,15 @@ class LlmActor:
         self._thread.oldest_epoch = Epoch(self._scheduler_epoch + 1)
         await self._put(EndOfEpoch())
         self._scheduler_epoch = None
+
+    async def _attach(self, message: AttachSlab) -> None:
+        """Opened at once, attached in its turn: that ViT may die while plans that read its rows are queued."""
+        try:
+            slab = await asyncio.to_thread(open_slab, self._context, self._context.device, message.slab)
+        except KeyError:  # it has died already; a plan with rows of it would end this rank
+            logger.warning("the slab of %s, epoch %d, is gone already", message.vit, message.epoch)
+            return
+        await self._put(OpenedSlab(message.vit, message.epoch, slab))
 
     async def _put(self, work: Work) -> None:
         """Waits while the queue is full, so the scheduler's channel fills and it notices."""

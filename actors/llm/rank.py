@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from vlmrt.actors.llm.kv_cache import allocate, num_blocks_that_fit
 from vlmrt.actors.llm.process_group import RankGroup, join_group
 from vlmrt.actors.llm.runner import PendingStep, Runner
 from vlmrt.actors.llm.slots import Slots
+from vlmrt.actors.llm.step_thread import OpenedSlab
 from vlmrt.actors.models.checkpoint_files import check_weight_files
 from vlmrt.actors.models.config import CheckpointError, ModelConfig
 from vlmrt.actors.models.qwen2_vl.language import LanguageModel
@@ -23,7 +23,6 @@ from vlmrt.runtime.actor import ActorContext
 from vlmrt.runtime.config import Config
 from vlmrt.runtime.errors import StartupError
 from vlmrt.runtime.messages import (
-    AttachSlab,
     DetachSlab,
     NewSequence,
     RequestId,
@@ -32,9 +31,6 @@ from vlmrt.runtime.messages import (
     StepResult,
     StepRow,
 )
-from vlmrt.runtime.slab import open_slab
-
-logger = logging.getLogger(__name__)
 
 CPU_WARM_UP_TOKENS = 16
 
@@ -46,15 +42,9 @@ class LoadedRank:
     num_blocks: int
     group: RankGroup
     runner: Runner
-    context: ActorContext
 
-    def attach(self, message: AttachSlab) -> None:
-        try:
-            slab = open_slab(self.context, self.context.device, message.slab)
-        except KeyError:  # that ViT has died since; a plan with rows of it would end this rank
-            logger.warning("the slab of %s, epoch %d, is gone already", message.vit, message.epoch)
-            return
-        self.runner.attach((message.vit, message.epoch), slab)
+    def attach(self, opened: OpenedSlab) -> None:
+        self.runner.attach((opened.vit, opened.epoch), opened.slab)
 
     def detach(self, message: DetachSlab) -> None:
         self.runner.detach((message.vit, message.epoch))
@@ -120,7 +110,7 @@ def load_rank(context: ActorContext) -> LoadedRank:
         threads = CpuThreads(model, config.parallel.llm_threads) if device.type == "cpu" else None
         runner = Runner(model, kv, slots, model_config.vision.spatial_merge_size, device, threads)
         _warm_up(runner, 1, CPU_WARM_UP_TOKENS, num_blocks, config)
-    return LoadedRank(num_blocks, group, runner, context)
+    return LoadedRank(num_blocks, group, runner)
 
 
 def _run_largest_step(

@@ -7,12 +7,13 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Generic, Protocol, TypeVar, assert_never
+from typing import Generic, NamedTuple, Protocol, TypeVar, assert_never
 
 import msgspec
 
 from vlmrt.actors.llm.process_group import LAST_STEP, step_key
-from vlmrt.runtime.messages import AttachSlab, DetachSlab, Epoch, StepPlan, StepResult
+from vlmrt.runtime.messages import ActorName, DetachSlab, Epoch, StepPlan, StepResult
+from vlmrt.runtime.slab import EmbeddingSlab
 
 Pending = TypeVar("Pending")
 POLL_S = 0.0002  # between looks at a step on a GPU while no further work is queued
@@ -22,7 +23,15 @@ class EndOfEpoch(msgspec.Struct, frozen=True):
     """The scheduler's incarnation is gone: forget its sequences and slabs."""
 
 
-Work = AttachSlab | DetachSlab | StepPlan | EndOfEpoch
+class OpenedSlab(NamedTuple):
+    """A ViT's slab, mapped by this process; later plans refer to it."""
+
+    vit: ActorName
+    epoch: Epoch
+    slab: EmbeddingSlab
+
+
+Work = OpenedSlab | DetachSlab | StepPlan | EndOfEpoch
 Finished = Callable[[Epoch, Work, StepResult | None], None]
 Launched = tuple[Epoch, StepPlan, Pending]
 
@@ -33,7 +42,7 @@ class Rank(Protocol[Pending]):
     @property
     def num_blocks(self) -> int: ...
 
-    def attach(self, message: AttachSlab) -> None: ...
+    def attach(self, opened: OpenedSlab) -> None: ...
 
     def detach(self, message: DetachSlab) -> None: ...
 
@@ -140,9 +149,9 @@ class StepThread(Generic[Pending]):
             self._finished(epoch, plan, rank.complete(pending))
             self._busy_since_s = None
 
-    def _do(self, rank: Rank[Pending], epoch: Epoch, work: AttachSlab | DetachSlab | EndOfEpoch) -> None:
+    def _do(self, rank: Rank[Pending], epoch: Epoch, work: OpenedSlab | DetachSlab | EndOfEpoch) -> None:
         match work:
-            case AttachSlab():
+            case OpenedSlab():
                 rank.attach(work)
             case DetachSlab():
                 rank.detach(work)

@@ -14,7 +14,7 @@ import torch
 from tests.actors.llm.conftest import Checkpoint
 from tests.support import FakeContext, make_config, peer_down, peer_up
 from vlmrt.actors.llm.actor import LlmActor, StepStuck
-from vlmrt.actors.llm.step_thread import Rank
+from vlmrt.actors.llm.step_thread import OpenedSlab, Rank
 from vlmrt.runtime.actor import ActorContext
 from vlmrt.runtime.config import MemoryOptions, SchedulingOptions, SupervisionOptions
 from vlmrt.runtime.errors import ChannelFull, StartupError
@@ -24,7 +24,6 @@ from vlmrt.runtime.messages import (
     DetachSlab,
     EmbedSlice,
     Epoch,
-    HostSlabExport,
     LlmReady,
     NewSequence,
     RequestId,
@@ -38,7 +37,6 @@ from vlmrt.runtime.slab import HostSlab
 
 SCHEDULER = ActorName("scheduler:0")
 UP = peer_up("scheduler:0", SchedulerReady())
-EXPORT = HostSlabExport("slab/vit:0/1", 1, 1, 1, "float32")
 
 
 class FakeRank:
@@ -52,8 +50,8 @@ class FakeRank:
         self.reached = threading.Event()
         self.fail = False
 
-    def attach(self, message: AttachSlab) -> None:
-        self.log.append(f"attach {message.epoch}")
+    def attach(self, opened: OpenedSlab) -> None:
+        self.log.append(f"attach {opened.epoch}")
 
     def detach(self, message: DetachSlab) -> None:
         self.log.append(f"detach {message.epoch}")
@@ -86,6 +84,14 @@ def plan(step: int) -> StepPlan:
     return StepPlan(step, (), (), ())
 
 
+def attach_slab(context: FakeContext) -> AttachSlab:
+    """Word of a slab that vit:0 has just made."""
+    vit = FakeContext("vit:0", context.run_dir, memory=context.memory)
+    slab = HostSlab.create(vit, num_pages=1, page_rows=1, width=1, dtype="float32")
+    slab.close()
+    return AttachSlab(vit.name, vit.epoch, slab.export())
+
+
 def make_actor(context: FakeContext, rank: Any) -> LlmActor:
     def load(context: ActorContext) -> Rank[Any]:
         fake: Rank[Any] = rank
@@ -101,7 +107,7 @@ async def test_work_is_done_in_order_and_rank_0_answers(tmp_path: Path) -> None:
         assert await actor.start() == LlmReady(7)
         await actor.peer_up(UP)
         for message in (
-            AttachSlab(ActorName("vit:0"), Epoch(1), EXPORT),
+            attach_slab(context),
             plan(1),
             plan(2),
             DetachSlab(ActorName("vit:0"), Epoch(1)),
@@ -125,6 +131,38 @@ async def test_other_ranks_do_not_answer(tmp_path: Path) -> None:
         await asyncio.sleep(0)
         assert rank.log == ["step 1", "close"]
         assert context.outbox.take() == []
+
+
+async def test_a_slab_whose_vit_dies_while_a_step_runs_can_still_be_read_behind_it(tmp_path: Path) -> None:
+    rank = FakeRank()
+    rank.open.clear()
+    async with FakeContext("llm:0", tmp_path) as context:
+        actor = make_actor(context, rank)
+        await actor.start()
+        await actor.peer_up(UP)
+        await actor.handle(plan(1), SCHEDULER)
+        await asyncio.to_thread(rank.reached.wait, 10)
+        await actor.handle(attach_slab(context), SCHEDULER)
+        await actor.handle(plan(2), SCHEDULER)  # may read rows
+        context.memory.drop("slab/vit:0/1")
+        await actor.handle(DetachSlab(ActorName("vit:0"), Epoch(1)), SCHEDULER)
+        rank.open.set()
+        await actor.stop(5.0)
+        assert rank.log == ["step 1", "attach 1", "step 2", "detach 1", "close"]
+
+
+async def test_a_slab_that_is_gone_already_is_passed_over(tmp_path: Path) -> None:
+    rank = FakeRank()
+    async with FakeContext("llm:0", tmp_path) as context:
+        actor = make_actor(context, rank)
+        await actor.start()
+        await actor.peer_up(UP)
+        message = attach_slab(context)
+        context.memory.drop("slab/vit:0/1")
+        await actor.handle(message, SCHEDULER)
+        await actor.handle(plan(1), SCHEDULER)
+        await actor.stop(5.0)
+        assert rank.log == ["step 1", "close"]
 
 
 async def test_plans_of_a_scheduler_that_is_gone_are_dropped(tmp_path: Path) -> None:
