@@ -12,6 +12,8 @@ from vlmrt.runtime.errors import ChannelFull
 from vlmrt.runtime.messages import (
     ActorName,
     Capabilities,
+    Message,
+    NeedMedia,
     PeerDown,
     PeerUp,
     SchedulerInbox,
@@ -21,7 +23,7 @@ from vlmrt.runtime.messages import (
     TokenBatch,
 )
 
-_METRICS_PERIOD_S = 0.25
+_TICK_S = 0.25
 
 logger = logging.getLogger(__name__)
 
@@ -37,19 +39,22 @@ class SchedulerActor:
         self._context = context
         self._state = State(context.config)
         self._copied: dict[str, int] = {}
+        self._owed: dict[ActorName, list[Message]] = {}  # the last words to edges whose channel was full
         self._news = asyncio.Event()
         self._wake: asyncio.TimerHandle | None = None
 
     async def start(self) -> Capabilities:
-        self._context.create_task(self._copy_metrics_forever(), "metrics")
+        self._context.create_task(self._tick_forever(), "tick")
         self._context.create_task(self._plan_forever(), "plan")
         return SchedulerReady()
 
     async def peer_up(self, peer: PeerUp) -> None:
+        self._owed.pop(peer.actor, None)
         self._post(self._state.on_peer_up(peer, time.monotonic()))
         self._news.set()
 
     async def peer_down(self, peer: PeerDown) -> None:
+        self._owed.pop(peer.actor, None)
         self._post(self._state.on_peer_down(peer, time.monotonic()))
         self._news.set()
 
@@ -91,18 +96,34 @@ class SchedulerActor:
             try:
                 self._context.outbox.send(peer, message)
             except ChannelFull:
-                logger.error("%s takes no messages any more; a %s is lost", peer, type(message).__name__)
+                logger.error("%s takes no messages any more; a %s is late or lost", peer, type(message).__name__)
                 if isinstance(message, TokenBatch):
+                    self._owed.setdefault(peer, []).append(message)
+                if isinstance(message, TokenBatch | NeedMedia):
                     stuck_edges.add(peer)
-        for edge in stuck_edges:  # its requests must not go on with a hole in their text
-            self._post(self._state.give_up_edge(edge, time.monotonic()))
+        for edge in stuck_edges:  # its requests must not go on with a hole in their text, nor wait for good
+            sends = self._state.give_up_edge(edge, time.monotonic())
+            self._owed.setdefault(edge, []).extend(message for peer, message in sends if peer == edge)
+            self._post([send for send in sends if send.peer != edge])
 
-    # ------------------------------------------------------------ metrics
+    def pay_edges(self) -> None:
+        """Send what edges are owed, each in order, as far as there is room again."""
+        for edge, messages in list(self._owed.items()):
+            try:
+                while messages:
+                    self._context.outbox.send(edge, messages[0])
+                    del messages[0]
+            except ChannelFull:
+                continue
+            del self._owed[edge]
 
-    async def _copy_metrics_forever(self) -> None:
+    # ------------------------------------------------------------ from time to time
+
+    async def _tick_forever(self) -> None:
         while True:
             self.copy_metrics()
-            await asyncio.sleep(_METRICS_PERIOD_S)
+            self.pay_edges()
+            await asyncio.sleep(_TICK_S)
 
     def copy_metrics(self) -> None:
         """State's counters and gauges -> metrics."""

@@ -155,8 +155,10 @@ class State:
         return self._settle(now_s)
 
     def give_up_edge(self, edge: ActorName, now_s: float) -> list[Send]:
-        """An edge has missed news of its requests: end them; it ends them itself when they time out."""
-        self._abort_all(edge)
+        """An edge is behind with news of its requests: end them."""
+        error = WireError(503, "the server was too busy to deliver the answer; try again", "edge_busy", None, 1)
+        for request in [request for request in self.requests.values() if request.edge == edge]:
+            self._fail(request, error)
         return self._settle(now_s)
 
     # ------------------------------------------------------------ figures

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import FakeContext, peer_up
+from tests.support import FakeContext, peer_down, peer_up
 from vlmrt.actors.scheduler.actor import SchedulerActor
 from vlmrt.runtime.messages import (
     ActorName,
@@ -96,6 +96,55 @@ async def test_an_edge_that_takes_no_tokens_any_more_loses_its_requests_and_nobo
         assert isinstance(tokens, TokenBatch)
         assert [output.request_id for output in tokens.outputs] == ["r2"]
         assert isinstance(plan, StepPlan)
+
+
+async def test_an_edge_that_takes_tokens_again_hears_how_its_requests_ended(tmp_path: Path) -> None:
+    async with FakeContext("scheduler:0", tmp_path) as context:
+        actor = await started(context)
+        await actor.handle(submit("cut", max_tokens=1), EDGE)
+        await actor.handle(submit("given up"), EDGE)
+        await turn()
+        context.outbox.take()
+        context.outbox.full.add(EDGE)
+        await actor.handle(StepResult(1, (5, 6), 1.0), LLM)
+        context.outbox.full.clear()
+        actor.pay_edges()
+        batches = [sent.message for sent in context.outbox.take() if sent.peer == EDGE]
+        outputs = [output for batch in batches if isinstance(batch, TokenBatch) for output in batch.outputs]
+        assert [(output.request_id, output.token_ids, output.finish_reason) for output in outputs] == [
+            ("cut", (5,), "length"),
+            ("given up", (6,), None),
+            ("given up", (), None),
+        ]
+        assert outputs[2].error is not None
+        assert outputs[2].error.status == 503
+        await actor.handle(submit("next", max_tokens=1), EDGE)
+        await turn()
+        assert [type(sent.message) for sent in context.outbox.take()] == [StepPlan]
+
+
+async def test_a_request_whose_picture_could_not_be_asked_for_ends(tmp_path: Path) -> None:
+    async with FakeContext("scheduler:0", tmp_path) as context:
+        actor = await started(context)
+        context.outbox.full.add(EDGE)
+        await actor.handle(submit("r1", (MediaItem(MmHash("a"), 0, 4, (1, 2, 2)),)), EDGE)
+        context.outbox.full.clear()
+        actor.pay_edges()
+        (batch,) = (sent.message for sent in context.outbox.take())
+        assert isinstance(batch, TokenBatch)
+        assert [(output.request_id, output.error is not None) for output in batch.outputs] == [("r1", True)]
+
+
+async def test_a_new_edge_is_not_told_what_its_predecessor_was_owed(tmp_path: Path) -> None:
+    async with FakeContext("scheduler:0", tmp_path) as context:
+        actor = await started(context)
+        context.outbox.full.add(EDGE)
+        await actor.handle(submit("r1", (MediaItem(MmHash("a"), 0, 4, (1, 2, 2)),)), EDGE)
+        await actor.peer_down(peer_down("edge:0"))
+        await actor.peer_up(peer_up("edge:0", EdgeReady(), epoch=2))
+        context.outbox.full.clear()
+        actor.pay_edges()
+        assert context.outbox.take() == []
 
 
 async def test_a_failure_while_planning_ends_the_actor(tmp_path: Path) -> None:
