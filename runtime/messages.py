@@ -96,7 +96,7 @@ class Abort(Message, frozen=True):
 
 
 class MediaUnsent(Message, frozen=True):
-    """The answer to a NeedMedia that the edge could not forward because that media worker is gone: ask again."""
+    """The answer to a NeedMedia that the edge could not forward to that incarnation of a media worker: ask again."""
 
     request_id: RequestId
     mm_hash: MmHash
@@ -111,6 +111,7 @@ class NeedMedia(Message, frozen=True):
     request_id: RequestId
     mm_hash: MmHash
     media: ActorName
+    epoch: Epoch  # of that worker: an edge that knows another incarnation sends it nothing
 
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):

@@ -128,7 +128,7 @@ class EdgeActor:
     async def status(self, status: ServiceStatus) -> None:
         self._health.update(status)
         self._context.metrics.set("media_bytes_in_flight", self._budget.used_bytes)
-        self._link.retry_aborts()
+        self._link.retry_unsent()
 
     async def handle(self, message: EdgeInbox, sender: ActorName) -> None:
         self._link.handle(message)

@@ -16,6 +16,7 @@ from vlmrt.runtime.messages import (
     ActorName,
     Decode,
     Epoch,
+    MediaReady,
     MediaUnsent,
     Message,
     NeedMedia,
@@ -28,7 +29,7 @@ from vlmrt.runtime.messages import (
 )
 
 MEDIA_RETRY_S = 0.05  # a full media worker is reported to the scheduler after this long
-MAX_UNSENT_ABORTS = 65536
+MAX_UNSENT = 65536
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +40,9 @@ class SchedulerLink:
     def __init__(self, outbox: Outbox) -> None:
         self._outbox = outbox
         self._scheduler: tuple[ActorName, Epoch] | None = None
+        self._media_epochs: dict[ActorName, Epoch] = {}  # the newest incarnation heard of
         self._open: dict[RequestId, OpenRequest] = {}
-        self._unsent_aborts: list[RequestId] = []
+        self._unsent: list[Abort | MediaUnsent] = []
         self._closed = False
         self._none_open = asyncio.Event()
         self._none_open.set()
@@ -57,11 +59,13 @@ class SchedulerLink:
         if isinstance(peer.capabilities, SchedulerReady):
             self._lose(lambda epoch: epoch != peer.epoch)
             self._scheduler = peer.actor, peer.epoch
+        elif isinstance(peer.capabilities, MediaReady):
+            self._media_epochs[peer.actor] = peer.epoch
 
     def peer_down(self, peer: PeerDown) -> None:
         if self._scheduler == (peer.actor, peer.epoch):
             self._scheduler = None
-            self._unsent_aborts.clear()
+            self._unsent.clear()
             self._lose(lambda epoch: True)
 
     def _lose(self, is_lost: Callable[[Epoch], bool]) -> None:
@@ -122,16 +126,17 @@ class SchedulerLink:
                 self._none_open.set()
             if sent and not request.ended:
                 request.ended = True
-                self._abort(submit.request_id)
+                self._tell(Abort(submit.request_id))
 
-    def _abort(self, request_id: RequestId) -> None:
-        if not self._send(Abort(request_id)) and len(self._unsent_aborts) < MAX_UNSENT_ABORTS:
-            self._unsent_aborts.append(request_id)
+    def _tell(self, message: Abort | MediaUnsent) -> None:
+        """At once, or when the channel has room again."""
+        if not self._send(message) and len(self._unsent) < MAX_UNSENT:
+            self._unsent.append(message)
 
-    def retry_aborts(self) -> None:
+    def retry_unsent(self) -> None:
         """Send what a full channel had kept back."""
-        while self._unsent_aborts and self._send(Abort(self._unsent_aborts[-1])):
-            self._unsent_aborts.pop()
+        while self._unsent and self._send(self._unsent[-1]):
+            self._unsent.pop()
 
     def _send(self, message: Message) -> bool:
         """False only where it is worth trying again: the scheduler is up and its channel is full."""
@@ -162,10 +167,12 @@ class SchedulerLink:
         unsent = MediaUnsent(need.request_id, need.mm_hash)
         decode = Decode(need.mm_hash, image.encoded, image.size, image.target_size)
         try:
-            if not self._outbox.send(need.media, decode):
-                self._send(unsent)
+            if self._media_epochs.get(need.media, need.epoch) != need.epoch:
+                self._tell(unsent)  # what went to a dead incarnation would not be missed by anybody
+            elif not self._outbox.send(need.media, decode):
+                self._tell(unsent)
         except ChannelFull:
-            asyncio.get_running_loop().call_later(MEDIA_RETRY_S, self._send, unsent)
+            asyncio.get_running_loop().call_later(MEDIA_RETRY_S, self._tell, unsent)
 
 
 def unavailable(message: str) -> RequestError:

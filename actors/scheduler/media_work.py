@@ -401,7 +401,7 @@ class MediaWork:
             self.decoding[job.mm_hash] = job
             worker.num_decoding += 1
             worker.num_bytes += num_bytes
-            self._send(self._edge_of(request_id), NeedMedia(request_id, job.mm_hash, worker.name))
+            self._send(self._edge_of(request_id), NeedMedia(request_id, job.mm_hash, worker.name, worker.epoch))
 
     def _first_needed(self) -> Job | None:
         """The most urgent job nobody has been asked for; it stays on top of the heap."""

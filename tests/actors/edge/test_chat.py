@@ -6,7 +6,7 @@ import asyncio
 
 from tests.actors.edge.running import MODEL, RunningEdge
 from tests.pictures import picture
-from vlmrt.runtime.messages import ActorName, Decode, NeedMedia
+from vlmrt.runtime.messages import ActorName, Decode, Epoch, NeedMedia
 
 
 async def test_an_answer_carries_text_finish_reason_and_usage(edge: RunningEdge) -> None:
@@ -51,7 +51,7 @@ async def test_pictures_become_placeholders_and_their_bytes_go_to_the_worker_nam
     submit = await edge.submitted()
     assert len(submit.media) == 2
     await edge.actor.handle(
-        NeedMedia(submit.request_id, submit.media[1].mm_hash, ActorName("media:0")), ActorName("scheduler:0")
+        NeedMedia(submit.request_id, submit.media[1].mm_hash, ActorName("media:0"), Epoch(1)), ActorName("scheduler:0")
     )
     peer, decode = await edge.context.outbox.next()
     assert peer == "media:0"

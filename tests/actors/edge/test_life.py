@@ -21,7 +21,18 @@ from vlmrt.actors.edge import body as edge_body
 from vlmrt.actors.edge.detokenizer import Detokenizer
 from vlmrt.runtime.config import ServerOptions
 from vlmrt.runtime.errors import WireError
-from vlmrt.runtime.messages import Abort, ActorName, Decode, MediaUnsent, MmHash, NeedMedia, SchedulerReady, Submit
+from vlmrt.runtime.messages import (
+    Abort,
+    ActorName,
+    Decode,
+    Epoch,
+    MediaReady,
+    MediaUnsent,
+    MmHash,
+    NeedMedia,
+    SchedulerReady,
+    Submit,
+)
 
 SCHEDULER = ActorName("scheduler:0")
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -71,7 +82,7 @@ async def _at_queue_whole(raw: RawConnection, edge: RunningEdge) -> None:
 async def _at_media(raw: RawConnection, edge: RunningEdge) -> None:
     await raw.post({"messages": [{"role": "user", "content": [picture(1).part]}], "stream": True})
     submit = await edge.submitted()
-    need = NeedMedia(submit.request_id, submit.media[0].mm_hash, ActorName("media:0"))
+    need = NeedMedia(submit.request_id, submit.media[0].mm_hash, ActorName("media:0"), Epoch(1))
     await edge.actor.handle(need, SCHEDULER)
     assert isinstance((await edge.context.outbox.next()).message, Decode)
     edge.sent.append((SCHEDULER, submit))  # type: ignore[arg-type]
@@ -315,7 +326,7 @@ async def test_a_picture_can_be_asked_for_until_the_end(edge: RunningEdge) -> No
     async with connection(edge.port) as raw:
         await raw.post({"messages": [{"role": "user", "content": [picture(1).part]}], "stream": True})
         submit = await edge.submitted()
-        need = NeedMedia(submit.request_id, submit.media[0].mm_hash, ActorName("media:1"))
+        need = NeedMedia(submit.request_id, submit.media[0].mm_hash, ActorName("media:1"), Epoch(1))
         for _ in range(2):
             await edge.actor.handle(need, SCHEDULER)
             peer, message = await edge.context.outbox.next()
@@ -336,7 +347,7 @@ async def test_a_worker_that_is_gone_or_full_is_reported(edge: RunningEdge) -> N
         submit = await edge.submitted()
         unsent = MediaUnsent(submit.request_id, submit.media[0].mm_hash)
         worker = ActorName("media:0")
-        need = NeedMedia(submit.request_id, submit.media[0].mm_hash, worker)
+        need = NeedMedia(submit.request_id, submit.media[0].mm_hash, worker, Epoch(1))
         edge.context.outbox.down.add(worker)
         await edge.actor.handle(need, SCHEDULER)
         assert edge.context.outbox.take() == [(SCHEDULER, unsent)]
@@ -345,8 +356,38 @@ async def test_a_worker_that_is_gone_or_full_is_reported(edge: RunningEdge) -> N
         await edge.actor.handle(need, SCHEDULER)
         assert edge.sent == []  # not at once, or the two would talk without end
         assert await edge.context.outbox.next() == (SCHEDULER, unsent)
-        await edge.actor.handle(NeedMedia(submit.request_id, MmHash("unknown"), worker), SCHEDULER)
+        await edge.actor.handle(NeedMedia(submit.request_id, MmHash("unknown"), worker, Epoch(1)), SCHEDULER)
         assert edge.sent == []
+
+
+async def test_a_picture_for_another_incarnation_of_a_worker_is_reported(edge: RunningEdge) -> None:
+    async with connection(edge.port) as raw:
+        await raw.post({"messages": [{"role": "user", "content": [picture(1).part]}], "stream": True})
+        submit = await edge.submitted()
+        mm_hash = submit.media[0].mm_hash
+        await edge.actor.peer_up(peer_up("media:0", MediaReady(1 << 20)))
+        need = NeedMedia(submit.request_id, mm_hash, ActorName("media:0"), Epoch(2))
+        await edge.actor.handle(need, SCHEDULER)  # the first one is dead, and this edge has not heard of it
+        assert edge.context.outbox.take() == [(SCHEDULER, MediaUnsent(submit.request_id, mm_hash))]
+        await edge.actor.peer_down(peer_down("media:0"))
+        await edge.actor.peer_up(peer_up("media:0", MediaReady(1 << 20), epoch=2))
+        await edge.actor.handle(need, SCHEDULER)
+        assert [(sent.peer, type(sent.message)) for sent in edge.context.outbox.take()] == [("media:0", Decode)]
+
+
+async def test_a_report_is_kept_while_the_channel_is_full(edge: RunningEdge) -> None:
+    async with connection(edge.port) as raw:
+        await raw.post({"messages": [{"role": "user", "content": [picture(1).part]}], "stream": True})
+        submit = await edge.submitted()
+        edge.context.outbox.down.add(ActorName("media:0"))
+        edge.context.outbox.full.add(SCHEDULER)
+        mm_hash = submit.media[0].mm_hash
+        await edge.actor.handle(NeedMedia(submit.request_id, mm_hash, ActorName("media:0"), Epoch(1)), SCHEDULER)
+        await edge.tell_status()
+        assert edge.sent == []
+        edge.context.outbox.full.clear()
+        await edge.tell_status()
+        assert edge.context.outbox.take() == [(SCHEDULER, MediaUnsent(submit.request_id, mm_hash))]
 
 
 async def test_pictures_beyond_the_budget_are_429_and_alone_too_large_413(checkpoint: Path, tmp_path: Path) -> None:

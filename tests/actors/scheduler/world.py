@@ -98,6 +98,16 @@ class Incarnation:
         self.inbox: deque[Message] = deque()
         self.outbox: deque[Message] = deque()  # to the scheduler
         self.receive: Callable[[Message], None] = self.inbox.append
+        self.media: dict[ActorName, Epoch] = {}  # an edge's: the media workers it believes to be alive
+        self.media_news: deque[tuple[ActorName, Epoch, bool]] = deque()  # what it has not been told of them yet
+
+    def hear(self) -> None:
+        """The next news of a media worker."""
+        name, epoch, is_alive = self.media_news.popleft()
+        if is_alive:
+            self.media[name] = epoch
+        elif self.media.get(name) == epoch:
+            del self.media[name]
 
 
 class World:
@@ -179,7 +189,16 @@ class World:
         incarnation = self.incarnations[name, epoch] = Incarnation(name, epoch)
         self.alive[name] = self.last_epoch[name] = epoch
         self.news.append(PeerUp(name, epoch, "ipc:///nowhere", capabilities))
+        if isinstance(capabilities, MediaReady):
+            self._tell_edges(name, epoch, True)
+        elif isinstance(capabilities, EdgeReady):
+            incarnation.media = {name: epoch for name, epoch in self.alive.items() if name.startswith("media")}
         return incarnation
+
+    def _tell_edges(self, media: ActorName, epoch: Epoch, is_alive: bool) -> None:
+        for (name, _), incarnation in self.incarnations.items():
+            if name.startswith("edge"):
+                incarnation.media_news.append((media, epoch, is_alive))
 
     def kill(self, name: ActorName) -> None:
         if name not in self.alive:
@@ -191,6 +210,8 @@ class World:
             epoch = self.alive.pop(each)
             self.incarnations[each, epoch].is_alive = False
             self.news.append(PeerDown(each, epoch))
+        if kind == "media":
+            self._tell_edges(name, epoch, False)
         if kind == "edge":
             for request_id, edge in self.edge_of.items():
                 if edge == (name, epoch):
@@ -256,8 +277,8 @@ class World:
             client = self.clients[message.request_id]
             if not client.is_open:
                 return
-            epoch = self.alive.get(message.media)
-            if epoch is None:
+            epoch = message.epoch
+            if incarnation.media.get(message.media) != epoch:
                 incarnation.outbox.append(MediaUnsent(message.request_id, message.mm_hash))
             else:
                 item = next(item for item in client.submit.media if item.mm_hash == message.mm_hash)
@@ -323,6 +344,8 @@ class World:
                 choices.append(lambda one=incarnation: self.deliver_to_scheduler(one))  # type: ignore[misc]
             if incarnation.inbox and incarnation.is_alive:
                 choices.append(lambda one=incarnation: self._deliver(one))  # type: ignore[misc]
+            if incarnation.media_news and incarnation.is_alive:
+                choices.append(incarnation.hear)
         for key, media in self.medias.items():
             if media.queue and self.incarnations[key].is_alive:
                 choices.append(media.work)
