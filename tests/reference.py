@@ -58,7 +58,7 @@ class Reference:
         begun = self.model(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
-            mm_token_type_ids=is_image,
+            mm_token_type_ids=types,
             use_cache=True,
             **media,
         )
