@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from vlmrt.actors.media.image import Pixels, decode_image, limit_pillow
 from vlmrt.runtime.actor import ActorContext
-from vlmrt.runtime.errors import ChannelFull, RequestError
+from vlmrt.runtime.errors import ChannelFull, RequestError, VlmrtError
 from vlmrt.runtime.messages import (
     ActorName,
     ArenaRef,
@@ -34,6 +34,10 @@ ARENA_WAIT_S = 60.0  # for ViTs to read what fills the arena
 CHANNEL_RETRY_S = 0.02
 
 logger = logging.getLogger(__name__)
+
+
+class DecodeStuck(VlmrtError):
+    """A decoder does not come back within step_timeout_s; only a new process can help."""
 
 
 class MediaActor:
@@ -106,10 +110,16 @@ class MediaActor:
             self._num_queued -= 1
 
     async def _decode(self, message: Decode) -> Pixels:
+        """Raises: DecodeStuck, so that threads are not lost to pictures that a decoder does not come back from."""
         started_s = time.monotonic()
-        pixels = await asyncio.get_running_loop().run_in_executor(
-            self._executor, decode_image, message.encoded, message.size, message.target_size, self._max_pixels
-        )
+        limit_s = self._context.config.supervision.step_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                pixels = await asyncio.get_running_loop().run_in_executor(
+                    self._executor, decode_image, message.encoded, message.size, message.target_size, self._max_pixels
+                )
+        except TimeoutError:
+            raise DecodeStuck(f"an image is not decoded after {limit_s:g} s (step_timeout_s)") from None
         self._context.metrics.observe("decode_image_seconds", time.monotonic() - started_s)
         self._context.metrics.add("images_decoded_total")
         return pixels

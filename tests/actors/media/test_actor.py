@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import cast
@@ -13,10 +14,11 @@ import pytest
 from tests.actors.edge.encoded_images import save
 from tests.pictures import noise
 from tests.support import FakeContext, make_config, peer_down, peer_up
-from vlmrt.actors.media.actor import MediaActor
+from vlmrt.actors.media import actor as media_actor
+from vlmrt.actors.media.actor import DecodeStuck, MediaActor
 from vlmrt.actors.media.image import decode_image
 from vlmrt.runtime.actor import ActorContext
-from vlmrt.runtime.config import MemoryOptions
+from vlmrt.runtime.config import MemoryOptions, SupervisionOptions
 from vlmrt.runtime.messages import (
     ActorName,
     ArenaRef,
@@ -95,6 +97,28 @@ async def test_a_broken_picture_fails_alone(worker: Worker) -> None:
     assert failed.error.status == 400
     await worker.decode("whole", PNG)
     assert (await worker.ready()).mm_hash == "whole"
+
+
+async def decode_without_end(run_dir: Path) -> None:
+    config = make_config(supervision=SupervisionOptions(step_timeout_s=0.05))
+    async with FakeContext("media:0", run_dir, config) as context:
+        actor = MediaActor(cast(ActorContext, context))
+        await actor.start()
+        await actor.peer_up(peer_up(SCHEDULER, SchedulerReady()))
+        await Worker(context, actor).decode("a", PNG)
+        await asyncio.wait(context._tasks, timeout=10)
+
+
+async def test_a_decoder_that_does_not_come_back_ends_the_actor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    back = threading.Event()
+    monkeypatch.setattr(media_actor, "decode_image", lambda *arguments: back.wait(30))
+    try:
+        with pytest.raises(DecodeStuck):
+            await decode_without_end(tmp_path)
+    finally:
+        back.set()
 
 
 async def test_a_full_arena_waits_for_freed_pixels(worker: Worker) -> None:
