@@ -62,7 +62,7 @@ class Reference:
             use_cache=True,
             **media,
         )
-        first = prompt.shape[1] + int(self.model.model.rope_deltas)
+        first = prompt.shape[1] + (int(self.model.model.rope_deltas) if media else 0)
         answer = torch.tensor([output_ids[:-1]])
         positions = (first + torch.arange(answer.shape[1])).expand(3, 1, -1)
         continued = self.model(input_ids=answer, position_ids=positions, past_key_values=begun.past_key_values)
