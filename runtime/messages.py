@@ -146,6 +146,7 @@ class Decode(Message, frozen=True):
     encoded: bytes
     size: tuple[int, int]  # width, height found by the edge in the header, after EXIF orientation
     target_size: tuple[int, int]  # width, height
+    scheduler_epoch: Epoch  # who asked for it; kept for that incarnation, if this worker has not heard of it yet
 
 
 # ---------------------------------------------------------------- media -> scheduler

@@ -161,11 +161,11 @@ class SchedulerLink:
     def _hand_out(self, need: NeedMedia) -> None:
         request = self._open.get(need.request_id)
         image = request.images.get(need.mm_hash) if request is not None else None
-        if image is None:
+        if request is None or image is None:
             logger.debug("%s: asked for a picture it does not hold", need.request_id)
             return
         unsent = MediaUnsent(need.request_id, need.mm_hash)
-        decode = Decode(need.mm_hash, image.encoded, image.size, image.target_size)
+        decode = Decode(need.mm_hash, image.encoded, image.size, image.target_size, request.epoch)
         try:
             if self._media_epochs.get(need.media, need.epoch) != need.epoch:
                 self._tell(unsent)  # what went to a dead incarnation would not be missed by anybody

@@ -68,7 +68,7 @@ class MediaActor:
             self._scheduler = peer
             early, self._early = self._early, []
             for message in early:
-                self._queue(message, peer)
+                self._take(message)
 
     async def peer_down(self, peer: PeerDown) -> None:
         """With the scheduler go its books: nobody will free these pixels any more."""
@@ -82,13 +82,20 @@ class MediaActor:
     async def handle(self, message: MediaInbox, sender: ActorName) -> None:
         if isinstance(message, FreePixels):
             self._free(message)
-        elif self._scheduler is not None:
-            self._queue(message, self._scheduler)
-        elif len(self._early) < MAX_QUEUED:
-            self._early.append(message)
+        else:
+            self._take(message)
 
     async def stop(self, grace_s: float) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _take(self, message: Decode) -> None:
+        """Nobody waits for what an earlier scheduler asked for; an edge may have heard of a later one first."""
+        scheduler = self._scheduler
+        if scheduler is None or message.scheduler_epoch > scheduler.epoch:
+            if len(self._early) < MAX_QUEUED:
+                self._early.append(message)
+        elif message.scheduler_epoch == scheduler.epoch:
+            self._queue(message, scheduler)
 
     def _queue(self, message: Decode, scheduler: PeerUp) -> None:
         """What is done only after this scheduler's end goes unanswered."""

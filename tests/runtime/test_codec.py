@@ -65,7 +65,7 @@ EXAMPLES: list[tuple[Any, Message]] = [
     (SchedulerInbox, PixelsReady(MmHash("a"), ArenaRef(ActorName("media:0"), Epoch(1), 64, 12), (1, 2, 2, 3))),
     (SchedulerInbox, DecodeFailed(MmHash("a"), WireError(400, "no image", "bad_image", "messages.0"))),
     (EdgeInbox, TokenBatch((TokenOutput(RequestId("r1"), (5,), Usage(3, 0, 1), "stop"),))),
-    (INBOXES["media"], Decode(MmHash("a"), b"\x00\xff" * 100, (4, 4), (28, 28))),
+    (INBOXES["media"], Decode(MmHash("a"), b"\x00\xff" * 100, (4, 4), (28, 28), Epoch(1))),
     (
         VitInbox,
         Encode(1, MmHash("a"), (1, 2, 2), ArenaRef(ActorName("media:0"), Epoch(1), 0, 12), (1, 2, 2, 3), (3, 1)),

@@ -51,7 +51,7 @@ MEDIA = """
         actor = MediaActor(context)
         print(await actor.start())
         await actor.peer_up(peer_up("scheduler:0", SchedulerReady()))
-        await actor.handle(Decode(MmHash("a"), b"broken", (1, 1), (28, 28)), ActorName("edge:0"))
+        await actor.handle(Decode(MmHash("a"), b"broken", (1, 1), (28, 28), Epoch(1)), ActorName("edge:0"))
         print((await context.outbox.next()).message)
         await actor.stop(0.0)
 """

@@ -24,6 +24,7 @@ from vlmrt.runtime.messages import (
     ArenaRef,
     Decode,
     DecodeFailed,
+    Epoch,
     FreePixels,
     MediaReady,
     MmHash,
@@ -43,8 +44,8 @@ class Worker:
         self.context = context
         self.actor = actor
 
-    async def decode(self, name: str, data: bytes, size: tuple[int, int] = (80, 60)) -> None:
-        await self.actor.handle(Decode(MmHash(name), data, size, TARGET), EDGE)
+    async def decode(self, name: str, data: bytes, *, scheduler_epoch: int = 1) -> None:
+        await self.actor.handle(Decode(MmHash(name), data, (80, 60), TARGET, Epoch(scheduler_epoch)), EDGE)
 
     async def ready(self) -> PixelsReady:
         peer, message = await self.context.outbox.next()
@@ -145,7 +146,7 @@ async def test_an_arena_that_stays_full_is_an_error_to_try_again(worker: Worker)
 
 
 async def test_a_picture_larger_than_the_arena_is_refused(worker: Worker) -> None:
-    await worker.actor.handle(Decode(MmHash("a"), PNG, (80, 60), (28 * 40, 28 * 40)), EDGE)
+    await worker.actor.handle(Decode(MmHash("a"), PNG, (80, 60), (28 * 40, 28 * 40), Epoch(1)), EDGE)
     assert (await worker.failed()).error.code == "image_too_large"
 
 
@@ -154,7 +155,18 @@ async def test_the_schedulers_end_empties_the_arena(worker: Worker) -> None:
     await worker.ready()
     await worker.actor.peer_down(peer_down(SCHEDULER))
     assert worker.used_bytes == 0
-    await worker.decode("early", PNG)  # from an edge that heard of the next one first
+    await worker.decode("early", PNG, scheduler_epoch=2)  # from an edge that heard of the next one first
+    await worker.decode("late", PNG)  # and from one that has not heard of this one's end yet
+    await worker.actor.peer_up(peer_up(SCHEDULER, SchedulerReady(), epoch=2))
+    assert (await worker.ready()).mm_hash == "early"
+    assert list(worker.context.outbox.sent) == []
+
+
+async def test_a_picture_for_a_scheduler_not_heard_of_yet_is_decoded_for_it(worker: Worker) -> None:
+    await worker.decode("early", PNG, scheduler_epoch=2)
+    await worker.decode("a", PNG)
+    assert (await worker.ready()).mm_hash == "a"
+    await worker.actor.peer_down(peer_down(SCHEDULER))
     await worker.actor.peer_up(peer_up(SCHEDULER, SchedulerReady(), epoch=2))
     assert (await worker.ready()).mm_hash == "early"
 

@@ -283,7 +283,7 @@ class World:
             else:
                 item = next(item for item in client.submit.media if item.mm_hash == message.mm_hash)
                 size = (item.grid_thw[1], item.grid_thw[2])
-                self.incarnations[message.media, epoch].inbox.append(Decode(item.mm_hash, b"", size, size))
+                self.incarnations[message.media, epoch].inbox.append(Decode(item.mm_hash, b"", size, size, Epoch(1)))
             return
         assert isinstance(message, TokenBatch)
         for output in message.outputs:
