@@ -32,6 +32,7 @@ class HostBatch:
     slot_mapping: Ints  # [T]
     cu_seqlens: NDArray[np.int32]  # [S + 1]
     context_lens: NDArray[np.int32]  # [S]
+    slots: Ints  # [S]
     block_tables: NDArray[np.int32]  # [S, most blocks of any sequence]
     num_decodes: int
     query_lens: tuple[int, ...]
@@ -89,6 +90,7 @@ def build_batch(plan: StepPlan, slots: Slots, merge_size: int) -> HostBatch:
         slot_mapping=block.astype(np.int64) * slots.block_size + index % slots.block_size,
         cu_seqlens=cu_seqlens.astype(np.int32),
         context_lens=stop.astype(np.int32),
+        slots=slot,
         block_tables=slots.block_table[slot, :num_blocks],
         num_decodes=int(several[0]) if len(several) else len(slot),
         query_lens=tuple(count.tolist()),

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from vlmrt.actors.llm.batch import HostBatch, MergePart, build_batch
 from vlmrt.actors.llm.cpu_threads import CpuThreads
+from vlmrt.actors.llm.decode_graphs import DecodeGraphs
 from vlmrt.actors.llm.kv_cache import KvCache
 from vlmrt.actors.llm.sampler import Sampler
 from vlmrt.actors.llm.slots import PlanError, Slots
-from vlmrt.actors.llm.transfer import to_device
+from vlmrt.actors.llm.transfer import all_to_device, to_device
 from vlmrt.actors.models.qwen2_vl.language import LanguageModel
 from vlmrt.kernels.embed_merge import embed_merge
 from vlmrt.kernels.paged_attention import PagedBatch
@@ -55,7 +56,14 @@ class Runner:
         self._merge_size = merge_size
         self._device = device
         self._sampler = Sampler(slots, model.config.vocab_size, device)
+        self._graphs: DecodeGraphs | None = None
         self._slabs: dict[SlabKey, EmbeddingSlab] = {}
+
+    def record(self, sizes: tuple[int, ...]) -> None:
+        """Record decode steps of these numbers of rows; the KV cache must be empty, and on a GPU."""
+        with torch.inference_mode():
+            columns = self._slots.block_table.shape[1]
+            self._graphs = DecodeGraphs(self._model, self._kv, self._sampler.last_tokens, columns, sizes)
 
     def attach(self, key: SlabKey, slab: EmbeddingSlab) -> None:
         """Take rows from this slab for slices that name it; the runner closes it."""
@@ -81,12 +89,11 @@ class Runner:
         """
         started_s = time.perf_counter()
         batch = build_batch(plan, self._slots, self._merge_size)
-        for sequence in plan.admit:
-            self._sampler.admit(sequence.slot)
         if self._cpu_threads is not None:
             self._cpu_threads.set_for(batch.num_tokens)
         with torch.inference_mode():
-            token_ids = self._forward(batch) if batch.num_tokens else torch.zeros(0, dtype=torch.int64)
+            self._admit([sequence.slot for sequence in plan.admit])
+            token_ids = self._run(batch, bool(plan.admit))
             done = None
             if self._device.type != "cpu":
                 token_ids = token_ids.to("cpu", non_blocking=True)
@@ -106,20 +113,58 @@ class Runner:
         duration_ms = (time.perf_counter() - pending.started_s) * 1e3
         return StepResult(pending.step, tuple(token_ids.tolist()), duration_ms)
 
+    def _admit(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            self._sampler.admit(slot)
+
+    def _run(self, batch: HostBatch, has_admitted: bool) -> Tensor:
+        """Sampled tokens of a batch, int64 [R] on the device."""
+        if not batch.num_tokens:
+            return torch.zeros(0, dtype=torch.int64)
+        if self._graphs is not None and self._graphs.holds(batch):
+            if has_admitted:
+                slots, blocks = all_to_device((batch.slots, batch.block_tables), self._device)
+                self._graphs.put_blocks(slots, blocks)
+            return self._sampler.sample(self._graphs.run(batch), batch)
+        hidden = self._forward(batch)
+        if not len(batch.sample_positions):
+            return torch.zeros(0, dtype=torch.int64)
+        sampled = hidden.index_select(0, to_device(batch.sample_positions, self._device))
+        return self._sampler.sample(self._model.logits(sampled), batch)
+
     def _forward(self, batch: HostBatch) -> Tensor:
-        token_ids = to_device(batch.token_ids, self._device)
+        """Hidden states [T, H] of a batch of any shape."""
+        token_ids, positions, slot_mapping, cu_seqlens, context_lens, block_tables, slots = all_to_device(
+            (
+                batch.token_ids,
+                batch.positions,
+                batch.slot_mapping,
+                batch.cu_seqlens,
+                batch.context_lens,
+                batch.block_tables,
+                batch.slots,
+            ),
+            self._device,
+        )
         if len(batch.unknown_positions):
-            unknown = self._sampler.last_tokens[to_device(batch.unknown_slots, self._device)]
-            token_ids.index_copy_(0, to_device(batch.unknown_positions, self._device), unknown)
+            places, unknown_slots = all_to_device((batch.unknown_positions, batch.unknown_slots), self._device)
+            token_ids.index_copy_(0, places, self._sampler.last_tokens[unknown_slots])
+        if self._graphs is not None:
+            self._graphs.put_blocks(slots, block_tables)
         hidden = self._model.embed(token_ids)
         if batch.merges:
             self._merge(hidden, batch.merges)
-        cos, sin = self._model.rotary(to_device(batch.positions, self._device))
-        hidden = self._model.forward(hidden, cos, sin, self._kv, self._paged(batch))
-        if not len(batch.sample_positions):
-            return token_ids[:0]
-        sampled = hidden.index_select(0, to_device(batch.sample_positions, self._device))
-        return self._sampler.sample(self._model.logits(sampled), batch)
+        cos, sin = self._model.rotary(positions)
+        paged = PagedBatch(
+            cu_seqlens=cu_seqlens,
+            context_lens=context_lens,
+            block_tables=block_tables,
+            slot_mapping=slot_mapping,
+            num_decodes=batch.num_decodes,
+            query_lens=batch.query_lens,
+            context_lens_host=batch.context_lens_host,
+        )
+        return self._model.forward(hidden, cos, sin, self._kv, paged)
 
     def _merge(self, hidden: Tensor, merges: Sequence[MergePart]) -> None:
         """Image rows over the placeholders' embeddings, slab by slab."""
@@ -134,14 +179,3 @@ class Runner:
             positions = [np.arange(p.first_position, p.first_position + p.source.num_rows) for p in parts]
             source = slab.tensor().index_select(0, to_device(np.concatenate(rows), self._device))
             embed_merge(hidden, source, to_device(np.concatenate(positions), self._device))
-
-    def _paged(self, batch: HostBatch) -> PagedBatch:
-        return PagedBatch(
-            cu_seqlens=to_device(batch.cu_seqlens, self._device),
-            context_lens=to_device(batch.context_lens, self._device),
-            block_tables=to_device(batch.block_tables, self._device),
-            slot_mapping=to_device(batch.slot_mapping, self._device),
-            num_decodes=batch.num_decodes,
-            query_lens=batch.query_lens,
-            context_lens_host=batch.context_lens_host,
-        )

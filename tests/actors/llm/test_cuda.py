@@ -31,7 +31,8 @@ def _memory_of_other_tests_is_free() -> None:
     torch.cuda.empty_cache()
 
 
-def test_steps_launched_ahead_give_the_reference_s_tokens(checkpoint: Checkpoint) -> None:
+@pytest.mark.parametrize("sizes", [(), (1, 2, 4)])  # recorded steps
+def test_steps_launched_ahead_give_the_reference_s_tokens(checkpoint: Checkpoint, sizes: tuple[int, ...]) -> None:
     device = "cuda:0"
     model = family(checkpoint.config.model_type).load_language(
         check_weight_files(checkpoint.directory),
@@ -41,7 +42,10 @@ def test_steps_launched_ahead_give_the_reference_s_tokens(checkpoint: Checkpoint
         torch.float32,
     )
     slab = FakeSlab(64, PAGE_ROWS, checkpoint.config.text.hidden_size, device)
-    driver = Driver(make_runner(model, checkpoint.config, TensorParallel(), slab, device))
+    runner = make_runner(model, checkpoint.config, TensorParallel(), slab, device)
+    if sizes:
+        runner.record(sizes)
+    driver = Driver(runner)
     pairs = [checkpoint.prompt(10 + seed, 11 + seed, grids, slab) for seed, grids in enumerate(GRIDS)]
     running: list[Request] = []
     for request, _ in pairs:
