@@ -17,10 +17,10 @@ from typing import NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from vlmrt.actors.llm.decode_graphs import graph_sizes
 from vlmrt.actors.llm.kv_cache import KvCache, allocate
 from vlmrt.actors.llm.runner import PendingStep, Runner
 from vlmrt.actors.llm.slots import Slots
+from vlmrt.actors.llm.step_graphs import step_shapes
 from vlmrt.actors.models.layers import TensorParallel
 from vlmrt.actors.models.qwen2_vl.language import LanguageModel
 from vlmrt.actors.models.registry import load_model_config
@@ -31,6 +31,7 @@ BLOCK_SIZE = 16
 BYTES_PER_S = 3.02e12  # a large copy on one H100, counting bytes read and written
 FLOPS = 785e12  # a large bf16 product on one H100
 STD = 0.02
+MAX_BATCHED_TOKENS = 4096
 
 
 class Line(NamedTuple):
@@ -138,8 +139,9 @@ def main() -> None:
         bench = Bench(arguments.preset, device, most, num_blocks, arguments.layers)
         if device.type == "cuda" and not arguments.eager:
             began_s = time.perf_counter()
-            bench.runner.record(graph_sizes(most))
-            print(f"recording {len(graph_sizes(most))} sizes took {time.perf_counter() - began_s:.1f} s")
+            shapes = step_shapes(most, MAX_BATCHED_TOKENS)
+            bench.runner.record(shapes)
+            print(f"recording {len(shapes)} shapes took {time.perf_counter() - began_s:.1f} s")
         lines = []
         for rows in arguments.rows:
             seconds = bench.decode_s(rows, arguments.context, arguments.steps)

@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 
 from vlmrt.actors.llm.cpu_threads import CpuThreads
-from vlmrt.actors.llm.decode_graphs import graph_sizes
 from vlmrt.actors.llm.kv_cache import allocate, num_blocks_that_fit
 from vlmrt.actors.llm.process_group import RankGroup, join_group
 from vlmrt.actors.llm.runner import PendingStep, Runner
 from vlmrt.actors.llm.slots import Slots
+from vlmrt.actors.llm.step_graphs import step_shapes
 from vlmrt.actors.llm.step_thread import OpenedSlab
 from vlmrt.actors.models.checkpoint_files import check_weight_files
 from vlmrt.actors.models.config import CheckpointError, ModelConfig
@@ -118,7 +118,7 @@ def load_rank(context: ActorContext) -> LoadedRank:
         runner = Runner(model, kv, slots, model_config.vision.spatial_merge_size, device, threads)
         if device.type != "cpu":
             context.progress("recording steps", 0, 1)
-            runner.record(graph_sizes(config.scheduling.max_num_seqs))
+            runner.record(step_shapes(config.scheduling.max_num_seqs, config.scheduling.max_num_batched_tokens))
         _warm_up(runner, 1, CPU_WARM_UP_TOKENS, num_blocks, config)
     return LoadedRank(num_blocks, group, runner)
 
@@ -137,7 +137,9 @@ def _workspace_bytes(
     free, _ = torch.cuda.mem_get_info(device)
     _warm_up(runner, num_seqs, num_tokens, num_blocks, config)
     free_after_step, _ = torch.cuda.mem_get_info(device)
-    runner.record(graph_sizes(num_seqs)[-1:])
+    runner.record(
+        [max(step_shapes(num_seqs, config.scheduling.max_num_batched_tokens), key=lambda shape: shape.num_all_tokens)]
+    )
     free_after_record, _ = torch.cuda.mem_get_info(device)
     del runner, kv
     gc.collect()

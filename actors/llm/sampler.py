@@ -29,9 +29,7 @@ class Sampler:
         self._output_counts: Tensor | None = None
 
     def admit(self, slot: int) -> None:
-        """Take the known tokens of a sequence that has just entered a slot, generated ones included."""
-        last = int(self._slots.token_ids[slot, int(self._slots.num_known[slot]) - 1])
-        self.last_tokens[slot] = last
+        """Count the known tokens of a sequence that has just entered a slot, generated ones included."""
         if not self._slots.sampling.penalised[slot]:
             return
         if self._prompt_mask is None or self._output_counts is None:
