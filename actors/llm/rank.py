@@ -15,7 +15,7 @@ from vlmrt.actors.llm.kv_cache import allocate, num_blocks_that_fit
 from vlmrt.actors.llm.process_group import RankGroup, join_group
 from vlmrt.actors.llm.runner import PendingStep, Runner
 from vlmrt.actors.llm.slots import Slots
-from vlmrt.actors.llm.step_graphs import step_shapes
+from vlmrt.actors.llm.step_graphs import HIGHEST_PRIORITY, step_shapes
 from vlmrt.actors.llm.step_thread import OpenedSlab
 from vlmrt.actors.models.checkpoint_files import check_weight_files
 from vlmrt.actors.models.config import CheckpointError, ModelConfig
@@ -35,7 +35,6 @@ from vlmrt.runtime.messages import (
 )
 
 CPU_WARM_UP_TOKENS = 16
-HIGHEST_PRIORITY = -1
 GRAPHS_PER_LARGEST = 1.5  # memory of all recorded steps against that of the largest, whose memory the others share
 
 

@@ -27,6 +27,7 @@ DECODES = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, *range(64, MAX_DECODES + 1, 1
 DECODES_BESIDE_PREFILL = (16, 64, MAX_DECODES)
 CHUNK_TOKENS = (16, 64, 128, 256, 512, 1024)  # more keep the device busy for longer than their launches take
 MAX_CHUNKS = 8
+HIGHEST_PRIORITY = -1
 
 
 class StepShape(NamedTuple):
@@ -227,11 +228,13 @@ class StepGraphs:
         most_tokens = max(shape.num_all_tokens for shape in shapes)
         self._image_rows = torch.zeros(most_tokens, model.config.hidden_size, dtype=dtype, device=device)
         pool = torch.cuda.graph_pool_handle()
+        # Kernels keep the priority of the stream that they are captured on: beside a vision tower's they go first.
+        stream = torch.cuda.Stream(device, priority=HIGHEST_PRIORITY)  # type: ignore[no-untyped-call]
         recorded = {}
         # Largest first: the smaller ones find room in the memory that it has left.
         for shape in sorted(shapes, key=lambda shape: (shape.num_all_tokens, shape.num_sequences), reverse=True):
             program = StepProgram(model, kv, last_tokens, self._tables, self._image_rows, shape)
-            recorded[shape] = self._record(program, pool)
+            recorded[shape] = self._record(program, pool, stream)
         self._recorded = [recorded[shape] for shape in shapes]
 
     def find(self, batch: HostBatch) -> Recorded | None:
@@ -266,10 +269,10 @@ class StepGraphs:
         device_inputs.buffer.copy_(buffer, non_blocking=True)
         recorded.graph.replay()
 
-    def _record(self, program: StepProgram, pool: Any) -> Recorded:
+    def _record(self, program: StepProgram, pool: Any, stream: torch.cuda.Stream) -> Recorded:
         """Runs once outside the graph first: kernels are compiled and libraries ready before anything is captured."""
         program()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             logits = program()
         return Recorded(program, graph, logits)
