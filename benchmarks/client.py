@@ -12,6 +12,7 @@ import multiprocessing
 import re
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -124,9 +125,12 @@ class Player:
         self._limit_s = limit_s
 
     async def connect(self, num_connections: int) -> None:
+        """Open connections that the requests will find; where that fails, the requests will say so."""
+
         async def one() -> None:
-            async with self._session.get(f"{self._url}/health") as answer:
-                await answer.read()
+            with suppress(aiohttp.ClientError, OSError):
+                async with self._session.get(f"{self._url}/health") as answer:
+                    await answer.read()
 
         await asyncio.gather(*(one() for _ in range(num_connections)))
 

@@ -18,6 +18,7 @@ import platform
 import secrets
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -110,6 +111,7 @@ class Results:
         self.runs: dict[str, list[Figures]] = {}
         self.errors: dict[str, list[str]] = {}
         self.traces: dict[str, list[str]] = {}
+        self.server_options: list[str] = []
 
     def add(self, name: str, figures: Figures, errors: Sequence[str] = (), trace: Sequence[str] = ()) -> None:
         self.runs.setdefault(name, []).append(figures)
@@ -167,28 +169,28 @@ def note_start(running: Running, log: Path, arguments: argparse.Namespace, resul
         results.add(START, figures, trace=[f"  {line}" for line in stages(log)] if arguments.trace else ())
 
 
-def run(arguments: argparse.Namespace, seed: int, results: Results) -> list[str]:
-    """Fill the results. Returns the options that the server was launched with."""
+def run(arguments: argparse.Namespace, seed: int, results: Results) -> None:
+    """Fill the results, as far as it gets."""
     if arguments.url:
         run_workloads(arguments.url.rstrip("/"), arguments, seed, results)
-        return []
+        return
     device = arguments.device if arguments.device != "auto" else "cuda" if num_cuda_devices() else "cpu"
     with tempfile.TemporaryDirectory() as scratch, checkpoint(arguments, device) as directory:
-        options = launch_arguments(directory, device, len(os.sched_getaffinity(0)), arguments.server_args)
+        num_cores = len(os.sched_getaffinity(0))
+        results.server_options = launch_arguments(directory, device, num_cores, arguments.server_args)
         log = arguments.log or Path(scratch) / "server.log"
         warm_file_cache(directory)
-        with serving(options, log, arguments.start_timeout_s) as running:
+        with serving(results.server_options, log, arguments.start_timeout_s) as running:
             note_start(running, log, arguments, results)
             run_workloads(running.url, arguments, seed, results)
-    return options
 
 
-def as_json(arguments: argparse.Namespace, seed: int, options: Sequence[str], results: Results) -> dict[str, Any]:
+def as_json(arguments: argparse.Namespace, seed: int, results: Results) -> dict[str, Any]:
     return {
         "preset": arguments.preset,
         "scale": arguments.scale,
         "seed": seed,
-        "server_options": list(options),
+        "server_options": results.server_options,
         "versions": versions(),
         "gpus": gpus(),
         "peer": PEER,
@@ -220,19 +222,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     seed = secrets.randbelow(1 << 30) if arguments.seed is None else arguments.seed
     results = Results()
-    options: list[str] = []
+    failed = False
     try:
-        options = run(arguments, seed, results)
-    except (RuntimeError, subprocess.CalledProcessError) as error:
+        run(arguments, seed, results)
+    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        failed = True
         print(f"error: {error}", file=sys.stderr)
-        return 1
     print(f"\n{table(arguments.preset, results.medians, results.num_errors)}")
     if arguments.scale != 1.0:
         print(f"--scale {arguments.scale:g}: these figures are not those of the full workloads")
     if arguments.out:
-        arguments.out.write_text(json.dumps(as_json(arguments, seed, options, results), indent=2) + "\n")
-    return 1 if results.failed else 0
+        arguments.out.write_text(json.dumps(as_json(arguments, seed, results), indent=2) + "\n")
+    return 1 if failed or results.failed else 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server ends with us
     sys.exit(main())

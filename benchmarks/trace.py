@@ -6,6 +6,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import NamedTuple
 
@@ -111,9 +112,10 @@ class Trace:
 
     def _sample(self) -> None:
         while not self._ended.wait(SAMPLE_S):
-            for key, value in read(self._url).gauges.items():
-                if key[1] in GAUGES:
-                    self._peaks[key] = max(value, self._peaks.get(key, 0.0))
+            with suppress(OSError):  # a server that is gone shows in the requests
+                for key, value in read(self._url).gauges.items():
+                    if key[1] in GAUGES:
+                        self._peaks[key] = max(value, self._peaks.get(key, 0.0))
 
     def lines(self, wall_s: float) -> list[str]:
         """wall_s: from the first request to the last token, without the preparation of the load."""

@@ -12,6 +12,7 @@ from aiohttp import web
 
 from benchmarks.client import AnswerCount, Ask, ClientPool, Load, body_of
 from benchmarks.images import Picture, draw
+from benchmarks.server import free_port
 from tests.benchmarks.chunks import chunk, stream_answer
 
 
@@ -103,6 +104,13 @@ def test_streams_end_when_the_clients_are_done(pool: ClientPool) -> None:
 def test_a_stream_that_ends_before_the_clients_is_an_error(pool: ClientPool) -> None:
     replies = pool.play(Load(((Ask("one by one", 2, at_s=0.3),),), streams=(Ask("one by one", 3),)))
     assert replies.errors == ["a stream ended after 3 tokens, before the other clients were done"]
+
+
+def test_a_server_that_is_gone_fails_every_request_and_not_the_pool() -> None:
+    with ClientPool(f"http://127.0.0.1:{free_port()}", num_processes=2) as pool:
+        replies = pool.play(Load(((Ask("one", 2), Ask("two", 2)),), streams=(Ask("three", None),)))
+        assert len(replies.errors) == 3
+        assert all("ClientConnectorError" in error for error in replies.errors)
 
 
 def test_counts_survive_any_cut_of_the_bytes() -> None:
