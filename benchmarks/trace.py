@@ -23,7 +23,7 @@ GAUGES = (
     "mailbox_age_seconds",
     "loop_lag_ms",
 )
-BUSY = ("step_seconds", "encode_seconds", "decode_image_seconds")  # of work that one process does one after the other
+BUSY = ("decode_image_seconds", "encode_seconds", "step_seconds")  # of work that one process does one after the other
 
 Key = tuple[str, str]  # (actor, metric and its other labels)
 
@@ -123,12 +123,12 @@ class Trace:
 
 
 def trace_lines(before: Scrape, after: Scrape, peaks: Mapping[Key, float], wall_s: float) -> list[str]:
-    """One line for each histogram, counter and gauge that moved."""
-    lines = []
-    for key, histogram in sorted(after.histograms.items()):
-        moved = histogram.since(before.histograms.get(key))
-        if moved.num_values:
-            lines.append(f"  {' '.join(key):44} {histogram_text(key[1], moved, wall_s)}")
+    """What a request's time went to, then one line for each histogram, counter and gauge that moved."""
+    moved = {key: histogram.since(before.histograms.get(key)) for key, histogram in after.histograms.items()}
+    lines = request_lines(moved)
+    for key, histogram in sorted(moved.items()):
+        if histogram.num_values:
+            lines.append(f"  {' '.join(key):44} {histogram_text(key[1], histogram, wall_s)}")
     for key, value in sorted(after.counters.items()):
         if (amount := value - before.counters.get(key, 0.0)) > 0:
             lines.append(f"  {' '.join(key):44} +{amount:g}")
@@ -136,6 +136,30 @@ def trace_lines(before: Scrape, after: Scrape, peaks: Mapping[Key, float], wall_
         if peak:
             lines.append(f"  {' '.join(key):44} peak {peak:.4g}")
     return lines
+
+
+def request_lines(moved: Mapping[Key, Histogram]) -> list[str]:
+    """A request's latency beside the work that was done for it; what is left of the latency it waited.
+
+    Work is the sum over all steps, forwards and decoded images by request; the latency until the end is that of the
+    requests that came to one.
+    """
+
+    def sums(name: str) -> tuple[float, float]:
+        """(values, their sum in ms) over all actors."""
+        found = [histogram for key, histogram in moved.items() if key[1] == name]
+        return sum(histogram.num_values for histogram in found), 1e3 * sum(histogram.total for histogram in found)
+
+    num_requests, first_ms = sums("time_to_first_token_seconds")
+    num_ended, end_ms = sums("e2e_request_latency_seconds")
+    if not num_requests:
+        return []
+    decoding, tower, steps = (sums(name)[1] / num_requests for name in BUSY)
+    return [
+        f"  a request of {num_requests:.0f}: first token after {first_ms / num_requests:.1f} ms, "
+        f"end after {end_ms / max(1, num_ended):.1f} ms; "
+        f"work: decoding {decoding:.2f} ms, tower {tower:.2f} ms, steps {steps:.2f} ms"
+    ]
 
 
 def histogram_text(name: str, moved: Histogram, wall_s: float) -> str:

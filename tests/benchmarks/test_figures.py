@@ -19,7 +19,7 @@ from benchmarks.figures import (
 )
 from benchmarks.published import AIMS, PEER_FIGURES, floors
 from benchmarks.table import gain, medians, reached, table
-from benchmarks.trace import parse, trace_lines
+from benchmarks.trace import Histogram, parse, request_lines, trace_lines
 from benchmarks.workloads import NAMES, WORKLOADS, Scale, Workload, closed_loop, figures_of
 
 BY_NAME = {workload.name: workload for workload in WORKLOADS}
@@ -181,3 +181,17 @@ def test_the_trace_says_what_moved_between_two_scrapes() -> None:
     lines = trace_lines(before, after, {}, wall_s=0.5)
     assert len(lines) == 1
     assert "100 x mean 2.00 ms, p50 <= 2.5, p99 <= inf, 40% of the time" in lines[0]
+
+
+def test_the_trace_puts_a_requests_work_beside_its_latency() -> None:
+    moved = {
+        ("edge:0", "time_to_first_token_seconds"): Histogram({math.inf: 4.0}, 2.0),
+        ("edge:0", "e2e_request_latency_seconds"): Histogram({math.inf: 4.0}, 4.0),
+        ("media:0", "decode_image_seconds"): Histogram({math.inf: 6.0}, 0.012),
+        ("media:1", "decode_image_seconds"): Histogram({math.inf: 2.0}, 0.004),
+        ("llm:0", "step_seconds"): Histogram({math.inf: 100.0}, 0.2),
+    }
+    (line,) = request_lines(moved)
+    assert "first token after 500.0 ms, end after 1000.0 ms" in line
+    assert "decoding 4.00 ms, tower 0.00 ms, steps 50.00 ms" in line
+    assert request_lines({}) == []
