@@ -7,6 +7,8 @@ import torch
 
 from tests.kernels.exactness import DTYPES, assert_as_exact_as_eager, normal
 from vlmrt.kernels.embed_merge import embed_merge, embed_merge_reference
+from vlmrt.kernels.layer_norm import add_layer_norm, layer_norm
+from vlmrt.kernels.quick_gelu import quick_gelu, quick_gelu_reference
 from vlmrt.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from vlmrt.kernels.rope_and_cache import rope_and_cache, without_skipped_rows
 from vlmrt.kernels.rotary import rotary_tables, rotate, rotate_reference
@@ -103,3 +105,27 @@ def test_embed_merge_overwrites_placeholders_in_place() -> None:
 def test_embed_merge_refuses_rows_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"expected \[2, 8\]"):
         embed_merge(torch.zeros(6, 8), torch.zeros(3, 8), torch.tensor([4, 1]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_norm_is_as_exact_as_eager_and_its_sum_is_rounded(dtype: torch.dtype) -> None:
+    x, residual = (normal(5, 40, dtype=dtype, seed=seed) for seed in (0, 7))
+    weight, bias = (normal(40, dtype=dtype, seed=seed) for seed in (1, 2))
+    normed, total = add_layer_norm(x, residual, weight, bias, 1e-6)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(normed, layer_norm(total, weight, bias, 1e-6))
+    wide = total.double()
+    centred = wide - wide.mean(-1, keepdim=True)
+    exact = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double() + bias.double()
+    torch.testing.assert_close(normed.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quick_gelu_adds_the_bias_first(dtype: torch.dtype) -> None:
+    x, bias = normal(5, 40, dtype=dtype), normal(40, dtype=dtype, seed=1)
+    assert_as_exact_as_eager(quick_gelu, quick_gelu_reference, x, bias)
+    summed = x.double() + bias.double()
+    exact = summed / (1 + (-1.702 * summed).exp())
+    torch.testing.assert_close(
+        quick_gelu(x, bias).double(), exact, rtol=8 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps
+    )
