@@ -35,7 +35,10 @@ class Qwen25VisionBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         x, residual = add_norm(x, residual, self.norm1)
         x, residual = add_norm(self.attn(x, cos, sin, segments), residual, self.norm2)
-        return self.down_proj(silu_and_mul(self.gate_up_proj(x))), residual
+        return self.mlp(x), residual
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return self.down_proj(silu_and_mul(self.gate_up_proj(x)))  # type: ignore[no-any-return]
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
         yield from self.norm1.targets(f"{prefix}norm1.")

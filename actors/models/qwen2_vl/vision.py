@@ -28,8 +28,11 @@ class Qwen2VisionBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         x, residual = add_norm(x, residual, self.norm1)
         x, residual = add_norm(self.attn(x, cos, sin, segments), residual, self.norm2)
+        return self.mlp(x), residual
+
+    def mlp(self, x: Tensor) -> Tensor:
         wide = self.fc1(x)
-        return self.fc2(quick_gelu(wide) if self.quick_gelu else F.gelu(wide)), residual
+        return self.fc2(quick_gelu(wide) if self.quick_gelu else F.gelu(wide))  # type: ignore[no-any-return]
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
         yield from self.norm1.targets(f"{prefix}norm1.")

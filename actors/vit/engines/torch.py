@@ -98,10 +98,10 @@ class TorchEngine:
 
     def _embed(self, frames: Sequence[Tensor], still: bool) -> Tensor:
         """Still images take the summed kernel, whose patches hold their one frame once."""
-        if not still:
-            return self._tower.embed(patchify(frames, self._processing))
-        patches = patchify(frames, self._still)
-        return F.linear(patches.to(self._patch_embed_still.dtype), self._patch_embed_still)
+        dtype = self._patch_embed_still.dtype
+        if still:
+            return F.linear(patchify(frames, self._still, dtype), self._patch_embed_still)
+        return self._tower.embed(patchify(frames, self._processing, dtype))
 
     def _on_device(self, images: Sequence[Pixels]) -> list[Tensor]:
         """One copy of them all: the arena's pixels are read-only and leave with the answer."""
