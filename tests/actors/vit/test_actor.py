@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from tests.support import FakeContext, FakeMemory, make_config, peer_down, peer_
 from vlmrt.actors.vit.actor import EncodeStuck, VitActor
 from vlmrt.actors.vit.encoder import Answer
 from vlmrt.actors.vit.engines.engine import Pixels
-from vlmrt.actors.vit.engines.torch import TorchEngine
+from vlmrt.actors.vit.engines.torch import TorchEngine, TorchRun
 from vlmrt.runtime.actor import ActorContext
 from vlmrt.runtime.config import MemoryOptions, ParallelOptions, SupervisionOptions
 from vlmrt.runtime.errors import StartupError
@@ -230,6 +231,32 @@ async def test_an_image_that_breaks_a_batch_fails_alone(
         for index in (0, 2):
             assert answers[messages[index].encode_id] == EmbedsReady(messages[index].encode_id, 4)
             assert_close(bench.rows(messages[index], 4), pictures[index].rows(one_checkpoint))
+
+
+async def test_images_are_tried_alone_after_the_memory_of_the_failed_batch_is_free(
+    one_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = TorchEngine.rows
+    workspace: list[weakref.ref[Tensor]] = []
+
+    def scarce(self: TorchEngine, run: TorchRun) -> Tensor:
+        still_held = [tensor for tensor in workspace if tensor() is not None]
+        workspace.append(weakref.ref(run.state.x))
+        if still_held or len(run.state.x) > 16:
+            raise torch.OutOfMemoryError("too much at once")
+        return rows(self, run)
+
+    async with running(one_checkpoint, tmp_path) as bench:
+        monkeypatch.setattr(TorchEngine, "rows", scarce)
+        held = bench.hold("vit.encode")
+        messages = [bench.message(picture(seed, (4, 4))) for seed in range(3)]
+        for message in messages:
+            await bench.encode(message)
+        held.unlink()
+        answers = await bench.answers(3)
+        assert [answers[message.encode_id] for message in messages] == [
+            EmbedsReady(message.encode_id, 4) for message in messages
+        ]
 
 
 async def test_a_cancelled_image_is_answered_and_not_encoded(one_checkpoint: Checkpoint, tmp_path: Path) -> None:
