@@ -22,7 +22,7 @@ from transformers import Qwen2VLImageProcessorPil
 from tests.actors.vit.conftest import Checkpoint
 from tests.support import FakeContext, FakeMemory, make_config, peer_down, peer_up
 from vlmrt.actors.vit.actor import EncodeStuck, VitActor
-from vlmrt.actors.vit.encoder import Answer
+from vlmrt.actors.vit.encoder import Answer, EncodeBatch
 from vlmrt.actors.vit.engines.engine import Pixels
 from vlmrt.actors.vit.engines.torch import TorchEngine, TorchRun
 from vlmrt.runtime.actor import ActorContext
@@ -293,7 +293,7 @@ async def test_what_a_dead_scheduler_asked_for_is_dropped(one_checkpoint: Checkp
 
 
 class FakeEncoder:
-    """Waits in `encode` until `open` is set."""
+    """Waits in `issue` until `open` is set."""
 
     def __init__(self) -> None:
         self.beat_s = 0.0
@@ -301,11 +301,16 @@ class FakeEncoder:
         self.open = threading.Event()
         self.error: Exception | None = None
 
-    def encode(self, batch: Sequence[Encode]) -> list[Answer]:
+    def begin(self, batch: Sequence[Encode]) -> EncodeBatch:
+        return EncodeBatch(answers=[EmbedsReady(encode.encode_id, 1) for encode in batch])
+
+    def issue(self, begun: EncodeBatch) -> None:
         assert self.open.wait(30)
         if self.error is not None:
             raise self.error
-        return [EmbedsReady(encode.encode_id, 1) for encode in batch]
+
+    def finish(self, begun: EncodeBatch) -> list[Answer]:
+        return begun.answers
 
     def close(self) -> None:
         pass
