@@ -14,11 +14,13 @@ NUM_WARPS = 4
 
 
 @triton.jit
-def _embed_merge_kernel(hidden_ptr, rows_ptr, positions_ptr, hidden_stride, rows_stride, width, BLOCK: tl.constexpr):
-    blocks = tl.cdiv(width, BLOCK)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = column < width
+def _embed_merge_kernel(
+    hidden_ptr, rows_ptr, positions_ptr, hidden_stride, rows_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    BLOCKS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    row = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    column = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    inside = column < WIDTH
     position = tl.load(positions_ptr + row)
     values = tl.load(rows_ptr + row * rows_stride + column, mask=inside)
     tl.store(hidden_ptr + position * hidden_stride + column, values.to(hidden_ptr.dtype.element_ty), mask=inside)
@@ -37,5 +39,6 @@ def embed_merge_triton(hidden: Tensor, rows: Tensor, positions: Tensor) -> None:
 
 def compile_specs() -> list[CompileSpec]:
     pointers = {"hidden_ptr": "*bf16", "rows_ptr": "*bf16", "positions_ptr": "*i64"}
-    scalars = dict.fromkeys(("hidden_stride", "rows_stride", "width"), "i32:16")
-    return [CompileSpec("embed_merge", _embed_merge_kernel, pointers | scalars, {"BLOCK": BLOCK}, NUM_WARPS, 3)]
+    signature = pointers | dict.fromkeys(("hidden_stride", "rows_stride"), "i32:16")
+    shape = {"WIDTH": 1536, "BLOCK": BLOCK}
+    return [CompileSpec("embed_merge 1536", _embed_merge_kernel, signature, shape, NUM_WARPS, 3)]

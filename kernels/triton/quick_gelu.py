@@ -15,16 +15,16 @@ NUM_WARPS = 4
 
 
 @triton.jit
-def _quick_gelu_kernel(x_ptr, bias_ptr, out_ptr, x_stride, width, BLOCK: tl.constexpr):
-    blocks = tl.cdiv(width, BLOCK)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = column < width
+def _quick_gelu_kernel(x_ptr, bias_ptr, out_ptr, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    BLOCKS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    row = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    column = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    inside = column < WIDTH
     x = tl.load(x_ptr + row * x_stride + column, mask=inside).to(tl.float32)
     if bias_ptr is not None:
         x += tl.load(bias_ptr + column, mask=inside).to(tl.float32)
     out = x * tl.sigmoid(1.702 * x)
-    tl.store(out_ptr + row * width + column, out.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + row * WIDTH + column, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def quick_gelu_triton(x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -38,14 +38,6 @@ def quick_gelu_triton(x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def compile_specs() -> list[CompileSpec]:
     pointers = {"x_ptr": "*bf16", "out_ptr": "*bf16"}
-    scalars = {"x_stride": "i32:16", "width": "i32:16"}
-    return [
-        CompileSpec(
-            "quick_gelu with bias",
-            _quick_gelu_kernel,
-            pointers | scalars | {"bias_ptr": "*bf16"},
-            {"BLOCK": BLOCK},
-            NUM_WARPS,
-            3,
-        )
-    ]
+    signature = pointers | {"bias_ptr": "*bf16", "x_stride": "i32:16"}
+    shape = {"WIDTH": 5120, "BLOCK": BLOCK}
+    return [CompileSpec("quick_gelu 5120 with bias", _quick_gelu_kernel, signature, shape, NUM_WARPS, 3)]
