@@ -81,8 +81,7 @@ class Runner:
         """
         started_s = time.perf_counter()
         batch = build_batch(plan, self._slots, self._merge_size)
-        for sequence in plan.admit:
-            self._sampler.admit(sequence.slot)
+        self._sampler.admit([sequence.slot for sequence in plan.admit])
         if self._cpu_threads is not None:
             self._cpu_threads.set_for(batch.num_tokens)
         with torch.inference_mode():
@@ -119,7 +118,12 @@ class Runner:
         if not len(batch.sample_positions):
             return token_ids[:0]
         sampled = hidden.index_select(0, to_device(batch.sample_positions, self._device))
-        return self._sampler.sample(self._model.logits(sampled), batch)
+        return self._sampler.sample(
+            self._model.logits(sampled),
+            to_device(batch.sample_slots, self._device),
+            to_device(batch.output_positions, self._device),
+            self._slots.sampling.flags(batch.sample_slots),
+        )
 
     def _merge(self, hidden: Tensor, merges: Sequence[MergePart]) -> None:
         """Image rows over the placeholders' embeddings, slab by slab."""

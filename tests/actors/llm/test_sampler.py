@@ -42,10 +42,11 @@ class Bench:
         rows = tuple(StepRow(slot, lengths[slot] - 1, 1, (), True) for slot in slots)
         admit = tuple(self.to_admit.values())
         batch = build_batch(StepPlan(0, tuple(self.to_release), admit, rows), self.slots, 2)
-        for sequence in admit:
-            self.sampler.admit(sequence.slot)
+        self.sampler.admit([sequence.slot for sequence in admit])
         self.to_release, self.to_admit = [], {}
-        token_ids = self.sampler.sample(logits, batch)
+        flags = self.slots.sampling.flags(batch.sample_slots)
+        at, positions = torch.from_numpy(batch.sample_slots), torch.from_numpy(batch.output_positions)
+        token_ids = self.sampler.sample(logits, at, positions, flags)
         self.slots.learn(batch.sample_slots, batch.sample_admissions, token_ids.numpy())
         return token_ids.tolist()
 
