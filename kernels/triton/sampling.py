@@ -57,9 +57,14 @@ def _row_key(seed, position):
 
 
 @triton.jit
+def _bits(key, token):
+    """53 random bits."""
+    return (_mix(key + (token + 1).to(tl.uint64) * _GOLDEN) >> 11).to(tl.int64)
+
+
+@triton.jit
 def _noise(key, token):
-    bits = _mix(key + (token + 1).to(tl.uint64) * _GOLDEN) >> 11
-    uniform = (bits.to(tl.int64).to(tl.float32) + 0.5) * 1.1102230246251565e-16  # 2**-53
+    uniform = (_bits(key, token).to(tl.float32) + 0.5) * 1.1102230246251565e-16  # 2**-53
     uniform = tl.minimum(uniform, 0.999999940395355224609375)  # 1 - 2**-24
     # log1p(-u) by log(1 - u), whose rounding of 1 - u the quotient takes out again: exact to a few ulp for any u.
     rest = 1.0 - uniform
