@@ -1,5 +1,6 @@
 """RMSNorm of rows, with or without the residual addition before it."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,6 +14,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Shapes: x [..., D], weight [D] -> [..., D], same dtype.   Source: arXiv:1910.07467.
     """
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        from vlmrt.kernels.compiled.rms_norm import rms_norm_on_cpu
+
+        return rms_norm_on_cpu(x, weight, eps)
     return rms_norm_reference(x, weight, eps)
 
 
@@ -26,4 +31,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
     Shapes: x and residual [..., D], weight [D] -> two of [..., D], same dtype.
     """
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        from vlmrt.kernels.compiled.rms_norm import add_rms_norm_on_cpu
+
+        return add_rms_norm_on_cpu(x, residual, weight, eps)
     return add_rms_norm_reference(x, residual, weight, eps)

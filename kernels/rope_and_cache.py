@@ -37,6 +37,23 @@ def without_skipped_rows(
     return k, v, slots.clamp(min=0)
 
 
+def rope_and_cache_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+) -> Tensor:
+    # One rotation of both saves more than the concatenation costs: on a CPU the calls are what takes time.
+    rotated = rotate_reference(torch.cat((q, k), dim=1), cos, sin)
+    num_heads = q.shape[1]
+    write_cache_reference(rotated[:, num_heads:], v, k_cache, v_cache, slot_mapping)
+    return rotated[:, :num_heads]
+
+
 def rope_and_cache(
     q: Tensor,
     k: Tensor,
@@ -53,8 +70,8 @@ def rope_and_cache(
     chosen), k_cache and v_cache [num_blocks, block_size, Hkv, D], slot_mapping int64 [T] as block * block_size +
     offset, -1 to skip the write -> [T, Hq, D], same dtype as q.   Source: arXiv:2104.09864.
     """
-    # One rotation of both saves more than the concatenation costs: on a CPU the calls are what takes time.
-    rotated = rotate_reference(torch.cat((q, k), dim=1), cos, sin)
-    num_heads = q.shape[1]
-    write_cache_reference(rotated[:, num_heads:], v, k_cache, v_cache, slot_mapping)
-    return rotated[:, :num_heads]
+    if q.device.type == "cpu" and q.dtype == torch.float32:
+        from vlmrt.kernels.compiled.rope_and_cache import rope_and_cache_on_cpu
+
+        return rope_and_cache_on_cpu(q, k, v, cos, sin, k_cache, v_cache, slot_mapping)
+    return rope_and_cache_reference(q, k, v, cos, sin, k_cache, v_cache, slot_mapping)
