@@ -187,6 +187,6 @@ def paged_attention(
     dtype. sliding_window limits a query to that many latest tokens, its own included. Rows of q past the batch's
     query tokens are padding and come back as zeros.
     """
-    if q.device.type == "cpu" and q.dtype == torch.float32:
+    if q.device.type == "cpu" and q.dtype == k_cache.dtype == torch.float32:
         return _by_sequence(_decode_compiled, q, k_cache, v_cache, batch, scale, sliding_window)
     return paged_attention_reference(q, k_cache, v_cache, batch, scale, sliding_window)

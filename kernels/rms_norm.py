@@ -14,7 +14,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Shapes: x [..., D], weight [D] -> [..., D], same dtype.   Source: arXiv:1910.07467.
     """
-    if x.device.type == "cpu" and x.dtype == torch.float32:
+    if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
         from vlmrt.kernels.compiled.rms_norm import rms_norm_on_cpu
 
         return rms_norm_on_cpu(x, weight, eps)
@@ -31,7 +31,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
     Shapes: x and residual [..., D], weight [D] -> two of [..., D], same dtype.
     """
-    if x.device.type == "cpu" and x.dtype == torch.float32:
+    if x.device.type == "cpu" and x.dtype == residual.dtype == weight.dtype == torch.float32:
         from vlmrt.kernels.compiled.rms_norm import add_rms_norm_on_cpu
 
         return add_rms_norm_on_cpu(x, residual, weight, eps)

@@ -70,7 +70,7 @@ def rope_and_cache(
     chosen), k_cache and v_cache [num_blocks, block_size, Hkv, D], slot_mapping int64 [T] as block * block_size +
     offset, -1 to skip the write -> [T, Hq, D], same dtype as q.   Source: arXiv:2104.09864.
     """
-    if q.device.type == "cpu" and q.dtype == torch.float32:
+    if q.device.type == "cpu" and q.dtype == cos.dtype == sin.dtype == k_cache.dtype == torch.float32:
         from vlmrt.kernels.compiled.rope_and_cache import rope_and_cache_on_cpu
 
         return rope_and_cache_on_cpu(q, k, v, cos, sin, k_cache, v_cache, slot_mapping)

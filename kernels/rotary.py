@@ -24,7 +24,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Shapes: x [T, H, D], cos and sin [T, D] from rotary_tables -> [T, H, D], same dtype as x.
     Source: arXiv:2104.09864.
     """
-    if x.device.type == "cpu" and x.dtype == torch.float32:
+    if x.device.type == "cpu" and x.dtype == cos.dtype == sin.dtype == torch.float32:
         from vlmrt.kernels.compiled.rotary import rotate_on_cpu
 
         return rotate_on_cpu(x, cos, sin)

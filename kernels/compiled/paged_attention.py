@@ -1,6 +1,7 @@
 """Attention of decode rows on a CPU, in float32, over the paged cache where it lies."""
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from vlmrt.kernels.compiled.exponential import exponential
@@ -24,6 +25,9 @@ def paged_decode_on_cpu(
     """
     q, q_stride = with_whole_tokens(q)
     context_lens, block_tables = context_lens.contiguous(), block_tables.contiguous()
+    assert context_lens.dtype == block_tables.dtype == torch.int32
+    assert k_cache.is_contiguous()
+    assert v_cache.is_contiguous()
     num_rows, num_heads, head_dim = q.shape
     _, block_size, num_kv_heads, _ = k_cache.shape
     out = q.new_empty(num_rows, num_heads, head_dim)

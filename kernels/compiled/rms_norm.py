@@ -19,6 +19,7 @@ def rms_norm_on_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm_on_cpu(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    assert x.shape == residual.shape
     x, residual = x.contiguous(), residual.contiguous()
     width = x.shape[-1]
     out, new_residual = torch.empty_like(x), torch.empty_like(x)

@@ -1,5 +1,6 @@
 """Rotation of queries and keys and the write into the cache on a CPU, in float32."""
 
+import torch
 from torch import Tensor
 
 from vlmrt.kernels.compiled.jit import compiled, floats, longs
@@ -11,6 +12,9 @@ def rope_and_cache_on_cpu(
 ) -> Tensor:
     (q, q_stride), (k, k_stride), (v, v_stride) = with_whole_tokens(q), with_whole_tokens(k), with_whole_tokens(v)
     cos, sin, slot_mapping = cos.contiguous(), sin.contiguous(), slot_mapping.contiguous()
+    assert slot_mapping.dtype == torch.int64
+    assert k_cache.is_contiguous()
+    assert v_cache.is_contiguous()
     num_tokens, num_heads, head_dim = q.shape
     rotated = q.new_empty(q.shape)
     if num_tokens:

@@ -205,3 +205,15 @@ def test_kernels_run_where_no_cache_can_be_written(tmp_path: Path) -> None:
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "file" / "cache")}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+def test_tables_and_caches_of_another_dtype_take_the_way_of_the_reference() -> None:
+    q, k, v = normal(3, 4, 16), normal(3, 2, 16), normal(3, 2, 16, seed=1)
+    cos, sin = rotary_tables(normal(3, 8))
+    slots = torch.tensor([4, -1, 9])
+    caches = [torch.zeros(2, 8, 2, 16, dtype=torch.bfloat16) for _ in range(4)]
+    rotated = rope_and_cache(q, k, v, cos, sin, caches[0], caches[1], slots)
+    assert torch.equal(rotated, rope_and_cache_reference(q, k, v, cos, sin, caches[2], caches[3], slots))
+    assert torch.equal(caches[0], caches[2])
+    assert torch.equal(caches[1], caches[3])
+    assert torch.equal(rotate(q, cos.double(), sin.double()), rotate_reference(q, cos.double(), sin.double()))
