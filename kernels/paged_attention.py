@@ -1,5 +1,6 @@
 """Causal attention of a step's query tokens over keys and values in a paged cache."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -32,9 +33,22 @@ def paged_attention_reference(
     scale: float,
     sliding_window: int | None = None,
 ) -> Tensor:
+    return _by_sequence(_decode, q, k_cache, v_cache, batch, scale, sliding_window)
+
+
+def _by_sequence(
+    decode: Callable[[Tensor, Tensor, Tensor, PagedBatch, float, int | None], Tensor],
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: PagedBatch,
+    scale: float,
+    sliding_window: int | None,
+) -> Tensor:
+    """All decode rows by decode, then one prefill chunk after the other."""
     outputs = []
     if batch.num_decodes:
-        outputs.append(_decode(q[: batch.num_decodes], k_cache, v_cache, batch, scale, sliding_window))
+        outputs.append(decode(q[: batch.num_decodes], k_cache, v_cache, batch, scale, sliding_window))
     start = batch.num_decodes
     for sequence in range(batch.num_decodes, len(batch.query_lens)):
         stop = start + batch.query_lens[sequence]
@@ -59,6 +73,17 @@ def _decode(
     v = _gather(v_cache, slots).view(rows, -1, num_kv_heads, head_dim).transpose(1, 2)
     grouped = q.reshape(rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
     return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).reshape(q.shape)
+
+
+def _decode_compiled(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: PagedBatch, scale: float, sliding_window: int | None
+) -> Tensor:
+    from vlmrt.kernels.compiled.paged_attention import paged_decode_on_cpu
+
+    longest = max(batch.context_lens_host[: batch.num_decodes])
+    return paged_decode_on_cpu(
+        q, k_cache, v_cache, batch.context_lens, batch.block_tables, longest, scale, sliding_window
+    )
 
 
 def _decode_slots(
@@ -167,4 +192,6 @@ def paged_attention(
         from vlmrt.kernels.triton.paged_attention import paged_attention_triton
 
         return paged_attention_triton(q, k_cache, v_cache, batch, scale, sliding_window)
+    if q.device.type == "cpu" and q.dtype == k_cache.dtype == torch.float32:
+        return _by_sequence(_decode_compiled, q, k_cache, v_cache, batch, scale, sliding_window)
     return paged_attention_reference(q, k_cache, v_cache, batch, scale, sliding_window)

@@ -1,5 +1,6 @@
 """RMSNorm of rows, with or without the residual addition before it."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,6 +18,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         from vlmrt.kernels.triton.rms_norm import rms_norm_triton
 
         return rms_norm_triton(x, weight, eps)
+    if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
+        from vlmrt.kernels.compiled.rms_norm import rms_norm_on_cpu
+
+        return rms_norm_on_cpu(x, weight, eps)
     return rms_norm_reference(x, weight, eps)
 
 
@@ -35,4 +40,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         from vlmrt.kernels.triton.rms_norm import add_rms_norm_triton
 
         return add_rms_norm_triton(x, residual, weight, eps)
+    if x.device.type == "cpu" and x.dtype == residual.dtype == weight.dtype == torch.float32:
+        from vlmrt.kernels.compiled.rms_norm import add_rms_norm_on_cpu
+
+        return add_rms_norm_on_cpu(x, residual, weight, eps)
     return add_rms_norm_reference(x, residual, weight, eps)

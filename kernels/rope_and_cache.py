@@ -1,5 +1,6 @@
 """Bias, rotary position embedding of queries and keys, and the write of keys and values into their cache slots."""
 
+import torch
 from torch import Tensor
 
 from vlmrt.kernels.rotary import rotate_reference
@@ -56,4 +57,11 @@ def rope_and_cache(
         from vlmrt.kernels.triton.rope_and_cache import rope_and_cache_triton
 
         return rope_and_cache_triton(qkv, bias, cos, sin, k_cache, v_cache, slot_mapping, num_heads)
+    if qkv.device.type == "cpu" and qkv.dtype == cos.dtype == k_cache.dtype == torch.float32:
+        from vlmrt.kernels.compiled.rope_and_cache import rope_and_cache_on_cpu
+
+        num_kv_heads, head_dim = k_cache.shape[2:]
+        heads = (qkv if bias is None else qkv + bias).view(qkv.shape[0], num_heads + 2 * num_kv_heads, head_dim)
+        q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+        return rope_and_cache_on_cpu(q, k, v, cos, sin, k_cache, v_cache, slot_mapping)
     return rope_and_cache_reference(qkv, bias, cos, sin, k_cache, v_cache, slot_mapping, num_heads)

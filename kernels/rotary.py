@@ -47,4 +47,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         from vlmrt.kernels.triton.rotary import rotate_triton
 
         return rotate_triton(x, cos, sin)
+    if x.device.type == "cpu" and x.dtype == cos.dtype == sin.dtype == torch.float32:
+        from vlmrt.kernels.compiled.rotary import rotate_on_cpu
+
+        return rotate_on_cpu(x, cos, sin)
     return rotate_reference(x, cos, sin)

@@ -1,5 +1,6 @@
 """The SwiGLU gate of a fused gate and up projection."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,4 +22,8 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
         from vlmrt.kernels.triton.silu_and_mul import silu_and_mul_triton
 
         return silu_and_mul_triton(gate_up)
+    if gate_up.device.type == "cpu" and gate_up.dtype == torch.float32:
+        from vlmrt.kernels.compiled.silu_and_mul import silu_and_mul_on_cpu
+
+        return silu_and_mul_on_cpu(gate_up)
     return silu_and_mul_reference(gate_up)

@@ -74,7 +74,8 @@ def test_no_file_can_unpickle(path: Path) -> None:
 
 
 @pytest.mark.parametrize("module", LIGHT)
-def test_a_light_process_imports_neither_torch_nor_transformers(module: str) -> None:
-    program = f"import sys; sys.modules['torch'] = sys.modules['transformers'] = None; import {module}"
+def test_a_light_process_imports_neither_torch_nor_transformers_nor_numba(module: str) -> None:
+    blocked = "sys.modules['torch'] = sys.modules['transformers'] = sys.modules['numba'] = None"
+    program = f"import sys; {blocked}; import {module}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

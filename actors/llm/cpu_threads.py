@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-# A thread does about 25 GFLOP/s on narrow float32 products. Each of a step's hundreds of parallel regions ends at a
-# barrier, which costs microseconds on idle cores and, measured, 100 ms and more where other processes want the cores.
+# A thread does about 25 GFLOP/s on narrow float32 products. Each product of a step, some hundred, ends at a barrier,
+# which costs microseconds on idle cores and, measured, 100 ms and more where other processes want the cores.
 FLOPS_PER_THREAD = 200_000_000
 
 
