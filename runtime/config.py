@@ -13,6 +13,7 @@ import msgspec
 
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16"]
+GpuSharingChoice = Literal["auto", "mps", "time-slice"]
 
 
 class ModelOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -69,6 +70,8 @@ class ParallelOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     llm_threads: int = 1  # torch threads of one rank
     vit_threads: int = 1
     max_patches_per_batch: int = 16384  # of one ViT forward
+    gpu_sharing: GpuSharingChoice = "auto"  # where a ViT and a rank share a GPU; auto: MPS if it can be had
+    vit_sm_percent: int = 80  # of the SMs of a GPU that a ViT shares under MPS
 
 
 class SupervisionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -29,6 +29,8 @@ from vlmrt.runtime.messages import (
     Epoch,
     Heartbeat,
     Hello,
+    LlmReady,
+    MemoryTurn,
     Message,
     PeerDown,
     Progress,
@@ -153,6 +155,7 @@ class Supervisor:
         self._stop_now = asyncio.Event()
         self._stop_reason = ""
         self._fatal: str | None = None
+        self._num_kv_blocks: int | None = None  # what the first start found room for, beside everyone else
         self._was_ready = False
         self._is_ready = False
         self._unready_since_s = time.monotonic()
@@ -364,6 +367,7 @@ class Supervisor:
             case Hello():
                 member.said_hello = True
                 member.last_heartbeat_s = time.monotonic()
+                self._give_memory_turns()
             case Heartbeat():
                 member.last_heartbeat_s = time.monotonic()
                 member.loop_lag_ms = report.loop_lag_ms
@@ -374,6 +378,9 @@ class Supervisor:
                 _settle(self._failures[member.spec.group], report.message)
             case Ready():
                 member.capabilities = report.capabilities
+                if isinstance(report.capabilities, LlmReady):
+                    self._num_kv_blocks = report.capabilities.num_blocks
+                self._give_memory_turns()
                 self._announce_if_complete(member.spec.group)
             case _:
                 assert_never(report)
@@ -393,6 +400,11 @@ class Supervisor:
                 self._send(member, peer.peer_up())
             self._observer.actor_up(member.spec.name, member.epoch, member.capabilities)
         self._refresh_readiness()
+
+    def _give_memory_turns(self) -> None:
+        for rank in self._table.ranks_whose_turn_it_is(is_restart=self._num_kv_blocks is not None):
+            rank.had_memory_turn = True
+            self._send(rank, MemoryTurn(self._num_kv_blocks))
 
     def _send(self, member: Process, message: Message) -> None:
         """News that must arrive: an actor that cannot take it is ended."""

@@ -12,6 +12,7 @@ import torch
 
 from vlmrt.actors.models.checkpoint_files import check_weight_files
 from vlmrt.actors.models.config import CheckpointError, ImageProcessing, VisionConfig
+from vlmrt.actors.models.gpu_memory import out_of_memory_text, parameter_bytes
 from vlmrt.actors.models.registry import family, load_image_processing, load_model_config
 from vlmrt.actors.vit.encoder import Encoder
 from vlmrt.actors.vit.engines.engine import GridThw, VisionEngine
@@ -23,6 +24,7 @@ from vlmrt.runtime.shared_memory import ArenaReader
 from vlmrt.runtime.slab import DTYPE_BYTES, create_slab
 
 GIB = 1 << 30
+TO_LOWER = ("--embedding-cache-gib", "--kv-cache-gib", "the checkpoint's max_pixels")
 
 
 def load_encoder(context: ActorContext) -> Encoder:
@@ -30,6 +32,16 @@ def load_encoder(context: ActorContext) -> Encoder:
 
     Raises: StartupError where another try cannot help.
     """
+    tensors: dict[str, int] = {}  # what is loaded so far, for whoever has to make room
+    beside_torch: dict[str, int] = {}
+    try:
+        return _load(context, tensors, beside_torch)
+    except torch.OutOfMemoryError:
+        device = torch.device(context.device)
+        raise StartupError(out_of_memory_text("the ViT", device, tensors, TO_LOWER, beside_torch)) from None
+
+
+def _load(context: ActorContext, tensors: dict[str, int], beside_torch: dict[str, int]) -> Encoder:
     config = context.config
     device, dtype = torch.device(context.device), getattr(torch, config.parallel.dtype)
     if device.type == "cpu":
@@ -45,6 +57,7 @@ def load_encoder(context: ActorContext) -> Encoder:
         )
     except CheckpointError as error:
         raise StartupError(str(error)) from None
+    tensors["the weights of the ViT"] = parameter_bytes(tower)
     slab = create_slab(
         context,
         context.device,
@@ -53,6 +66,7 @@ def load_encoder(context: ActorContext) -> Encoder:
         width=model_config.vision.out_hidden_size,
         dtype=config.parallel.dtype,
     )
+    beside_torch["embeddings (--embedding-cache-gib)"] = int(config.memory.embedding_cache_gib * GIB)
     engine = TorchEngine(tower, processing, device)
     merge = model_config.vision.spatial_merge_size
     _warm_up(engine, processing, (1, merge, merge))

@@ -212,3 +212,24 @@ class Drainer(Recorder):
         self.context.outbox.send(ActorName("scheduler:0"), Abort(RequestId("last")))
         await self._answered.wait()
         self.note("drained")
+
+
+class GatedVit(Recorder):
+    """Is ready once the file "vit-gate" is in the events' folder; dies instead while "vit-dies" is."""
+
+    async def start(self) -> Capabilities:
+        folder = self._path.parent
+        while not (folder / "vit-gate").exists():
+            if (folder / "vit-dies").exists():
+                os._exit(9)
+            await asyncio.sleep(0.005)
+        return await super().start()
+
+
+class PatientRank(Recorder):
+    """Waits for its turn in a thread, as the loading of a rank does."""
+
+    async def start(self) -> Capabilities:
+        self.note("loaded")
+        self.note(f"turn {await asyncio.to_thread(self.context.memory_turn)}")
+        return await super().start()

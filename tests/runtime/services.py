@@ -25,16 +25,19 @@ from vlmrt.runtime.topology import ActorKind, ActorSpec, actor_specs
 FAKES = "tests.runtime.fake_actors:"
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 45.0  # a shared machine may be slow; nothing waits that long unless it fails
+NUM_FAKE_GPUS = 2  # where a config says cuda; no fake opens one
 SHARED_MEMORY = Path("/dev/shm")
 
 
-def fake_config(events: Path, *, port: int = 0, tp: int = 1, **supervision: Any) -> Config:
+def fake_config(
+    events: Path, *, port: int = 0, tp: int = 1, parallel: ParallelOptions | None = None, **supervision: Any
+) -> Config:
     """Quick heartbeats; the fakes write their events into this folder."""
     options = {"heartbeat_s": 0.05, "heartbeat_timeout_s": 60.0, "start_timeout_s": 60.0, "shutdown_grace_s": 1.0}
     return Config(
         model=ModelOptions(directory="", served_names=("fake",), chat_template=str(events)),
         server=ServerOptions(port=port),
-        parallel=ParallelOptions(tp=tp),
+        parallel=parallel or ParallelOptions(tp=tp),
         supervision=SupervisionOptions(**{**options, **supervision}),
     )
 
@@ -43,7 +46,8 @@ def fake_specs(config: Config, fakes: dict[ActorKind, str]) -> tuple[ActorSpec, 
     """Only the kinds named, run by these classes of fake_actors.py."""
     factories: dict[ActorKind, str] = dict.fromkeys(("edge", "media", "scheduler", "vit", "llm"), FAKES + "Recorder")
     factories.update({kind: FAKES + fake for kind, fake in fakes.items()})
-    return tuple(spec for spec in actor_specs(config, factories=factories) if spec.kind in fakes)
+    specs = actor_specs(config, num_gpus=NUM_FAKE_GPUS, factories=factories)
+    return tuple(spec for spec in specs if spec.kind in fakes)
 
 
 class RecordingObserver:
