@@ -63,6 +63,16 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
     )
     place.add_argument("--vit-threads", type=positive_int, default=1, metavar="N", help="CPU threads of a ViT")
 
+    place.add_argument(
+        "--gpu-sharing",
+        choices=("auto", "mps", "time-slice"),
+        default="auto",
+        help="where a ViT and a rank share a GPU; auto: MPS if it can be had",
+    )
+    place.add_argument(
+        "--vit-sm-percent", type=percent, default=80, metavar="P", help="of a shared GPU, under MPS: the ViT's part"
+    )
+
     memory = parser.add_argument_group("memory")
     memory.add_argument("--kv-cache-gib", type=positive_float, metavar="GIB", help="per rank; default: what is free")
     memory.add_argument("--num-kv-blocks", type=positive_int, metavar="N", help="in place of --kv-cache-gib")
@@ -119,6 +129,13 @@ def fraction(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not within (0, 1]")
+    return value
+
+
+def percent(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is not within 1..100")
     return value
 
 

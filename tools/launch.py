@@ -189,4 +189,6 @@ def parallel_options(arguments: argparse.Namespace, device: Device, dtype: Dtype
         num_media_workers=arguments.media_workers,
         llm_threads=arguments.llm_threads or max(1, cores // arguments.tp),
         vit_threads=arguments.vit_threads,
+        gpu_sharing=arguments.gpu_sharing,
+        vit_sm_percent=arguments.vit_sm_percent,
     )

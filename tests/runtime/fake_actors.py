@@ -233,3 +233,31 @@ class PatientRank(Recorder):
         self.note("loaded")
         self.note(f"turn {await asyncio.to_thread(self.context.memory_turn)}")
         return await super().start()
+
+
+class EnvironmentNoter(Recorder):
+    """Notes what MPS would read."""
+
+    async def start(self) -> Capabilities:
+        pipes = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "none")).name
+        self.note(f"pipes {pipes} percent {os.environ.get('CUDA_MPS_ACTIVE_THREAD_PERCENTAGE', 'none')}")
+        return await super().start()
+
+
+class AcceleratorError(RuntimeError):
+    """Named like torch's."""
+
+
+class Faulter(EnvironmentNoter):
+    """Raises a CUDA fault once the file "fault" is in the events' folder; takes it away first."""
+
+    async def start(self) -> Capabilities:
+        self.context.create_task(self._fault(), name="fault")
+        return await super().start()
+
+    async def _fault(self) -> None:
+        file = self._path.parent / "fault"
+        while not file.exists():  # noqa: ASYNC110 - the test makes it
+            await asyncio.sleep(0.005)
+        file.unlink()
+        raise AcceleratorError("CUDA error: an illegal memory access was encountered")

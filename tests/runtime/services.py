@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 
+from vlmrt.runtime import gpu_sharing
 from vlmrt.runtime.config import Config, ModelOptions, ParallelOptions, ServerOptions, SupervisionOptions
 from vlmrt.runtime.messages import ActorName, Capabilities, Epoch
 from vlmrt.runtime.process_table import Process
@@ -25,6 +26,7 @@ from vlmrt.runtime.topology import ActorKind, ActorSpec, actor_specs
 FAKES = "tests.runtime.fake_actors:"
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 45.0  # a shared machine may be slow; nothing waits that long unless it fails
+FAKE_CLIENT = "import sys; print('ready', flush=True); sys.stdin.read()"  # of the MPS daemon
 NUM_FAKE_GPUS = 2  # where a config says cuda; no fake opens one
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -67,6 +69,9 @@ class RecordingObserver:
 
     def restarting(self, actor: ActorName, epoch: Epoch, delay_s: float) -> None:
         self.told.append(("restarting", actor, epoch, delay_s))
+
+    def gpu_sharing(self, how: str) -> None:
+        self.told.append(("sharing", how))
 
     def ready(self, url: str, start_s: float) -> None:
         self.told.append(("ready", url))
@@ -201,7 +206,11 @@ class _PrintingObserver(RecordingObserver):
 def main() -> int:
     events = Path(sys.argv[1])
     fakes: Any = dict(argument.split("=") for argument in sys.argv[2:])
-    config = fake_config(events, shutdown_grace_s=100.0)
+    parallel = None
+    if os.environ.get("FAKE_GPUS"):
+        parallel = ParallelOptions(device="cuda", dtype="bfloat16", num_vits=NUM_FAKE_GPUS)
+        gpu_sharing.CLIENT = FAKE_CLIENT
+    config = fake_config(events, parallel=parallel, shutdown_grace_s=100.0)
     return asyncio.run(Supervisor(config, _PrintingObserver(), specs=fake_specs(config, fakes)).run())
 
 
