@@ -46,6 +46,7 @@ class SchedulingOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     max_num_seqs: int = 64  # running at once
     max_waiting: int = 256  # more are refused with 429
     max_num_batched_tokens: int = 1024  # tokens of one step
+    itl_target_ms: float | None = None  # of a step that decodes, by bounding its prefill tokens; None: no bound
     block_size: int = 16  # tokens of one KV block
     prefix_caching: bool = True
     embedding_caching: bool = True

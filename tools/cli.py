@@ -85,7 +85,25 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-num-seqs", type=positive_int, default=64, metavar="N", help="requests that run at once")
     limits.add_argument("--max-waiting", type=positive_int, default=256, metavar="N", help="more are refused with 429")
-    limits.add_argument("--max-num-batched-tokens", type=positive_int, default=1024, metavar="N", help="of one step")
+    limits.add_argument(
+        "--preset",
+        choices=("interactive", "throughput"),
+        default="interactive",
+        help="short steps for those who read along, or long ones for those who wait for the end",
+    )
+    limits.add_argument(
+        "--itl-target-ms",
+        type=non_negative_float,
+        metavar="MS",
+        help="prefill beside decoding streams is bounded so that a step takes no longer; 0: no bound; "
+        "default: interactive 40 on a GPU, else none",
+    )
+    limits.add_argument(
+        "--max-num-batched-tokens",
+        type=positive_int,
+        metavar="N",
+        help="of one step; default: interactive 1024, throughput 8192",
+    )
     limits.add_argument("--request-timeout-s", type=positive_float, default=600.0, metavar="S")
     limits.add_argument("--max-body-mib", type=positive_int, default=64, metavar="MIB", help="more is refused with 413")
     limits.add_argument("--limit-images", type=positive_int, default=64, metavar="N", help="images of one request")
@@ -122,6 +140,13 @@ def positive_float(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def non_negative_float(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or a positive number")
     return value
 
 
