@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from vlmrt.runtime import gpu_sharing
+from vlmrt.runtime import gpu_sharing, sweeper
 from vlmrt.runtime.config import Config, ModelOptions, ParallelOptions, ServerOptions, SupervisionOptions
 from vlmrt.runtime.messages import ActorName, Capabilities, Epoch
 from vlmrt.runtime.process_table import Process
@@ -145,6 +145,18 @@ def read_events(events: Path, actor: str) -> list[str]:
 
 def children_of(pid: int) -> list[psutil.Process]:
     return list(psutil.Process(pid).children(recursive=True))
+
+
+def daemons(run_root: Path) -> list[int]:
+    """Pids of MPS daemons of services whose run directories lie there."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(sweeper.MPS_VARIABLE, "").startswith(str(run_root)):
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return found
 
 
 class LeftBehind:

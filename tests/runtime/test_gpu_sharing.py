@@ -19,6 +19,7 @@ from tests.runtime.services import (
     LeftBehind,
     Service,
     children_of,
+    daemons,
     fake_config,
     read_until,
     service,
@@ -84,17 +85,6 @@ def num_quits(tmp_path: Path) -> int:
     """How many daemons were asked to quit and did."""
     file = tmp_path / "quits"
     return len(file.read_text().split()) if file.exists() else 0
-
-
-def daemons(run_root: Path) -> list[int]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(sweeper.MPS_VARIABLE, "").startswith(str(run_root)):
-                found.append(process.pid)
-        except psutil.Error:
-            continue
-    return found
 
 
 def noted(running: Service, actor: str) -> list[str]:
