@@ -304,7 +304,7 @@ class StepResult(Message, frozen=True):
 
     step: int
     token_ids: tuple[int, ...]  # one for every row with sample=True, in row order
-    duration_ms: float
+    duration_ms: float  # of this step alone: not its wait behind the step before it
 
 
 # ---------------------------------------------------------------- actor -> supervisor
