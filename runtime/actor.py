@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -28,6 +29,7 @@ from vlmrt.runtime.messages import (
     Epoch,
     Heartbeat,
     Hello,
+    MemoryTurn,
     Message,
     PeerDown,
     PeerUp,
@@ -89,6 +91,14 @@ class ActorContext(Protocol):
 
     def open_memory(self, name: str) -> int:
         """A descriptor of host memory that a peer created (the caller closes it).  Raises KeyError if there is none."""
+        ...
+
+    def memory_turn(self) -> int | None:
+        """Block, in a rank's loading thread, until every ViT on its GPU holds its memory.
+
+        Returns the KV blocks to take again at a restart; None: as many as fit.  Raises StartupError after
+        start_timeout_s.
+        """
         ...
 
 
@@ -193,12 +203,14 @@ class ProcessContext:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self._report: Callable[[Message], None] | None = None
+        self._memory_turn: Future[MemoryTurn] = Future()
         self._told: tuple[str, int] | None = None  # the last progress reported
         self._tasks: asyncio.TaskGroup | None = None
 
-    def bind(self, report: Callable[[Message], None], tasks: asyncio.TaskGroup) -> None:
+    def bind(self, control: ControlLink, tasks: asyncio.TaskGroup) -> None:
         """Connect it to the process's control channel and TaskGroup."""
-        self._report, self._tasks = report, tasks
+        self._report, self._tasks = control.send, tasks
+        self._memory_turn = control.memory_turn
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """Told on once per hundredth of a stage."""
@@ -221,6 +233,13 @@ class ProcessContext:
 
     def open_memory(self, name: str) -> int:
         return memory_client.open_memory(self._memory_path, name)
+
+    def memory_turn(self) -> int | None:
+        limit_s = self.config.supervision.start_timeout_s
+        try:
+            return self._memory_turn.result(limit_s).num_kv_blocks
+        except TimeoutError:
+            raise StartupError(f"no ViT on {self.device} was ready after {limit_s:g} s (--start-timeout-s)") from None
 
 
 class ActorProcess:
@@ -249,7 +268,7 @@ class ActorProcess:
         context = ProcessContext(spec, self._outbox, self._metrics, listen_socket)
         try:
             async with asyncio.TaskGroup() as tasks:
-                context.bind(self._control.send, tasks)
+                context.bind(self._control, tasks)
                 tasks.create_task(self._watch_lifeline(), name="lifeline")
                 tasks.create_task(self._beat(), name="heartbeat")
                 factory = await asyncio.to_thread(self._load_factory, spec.actor.factory)

@@ -13,6 +13,7 @@ import msgspec
 
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16"]
+GpuSharingChoice = Literal["auto", "mps", "time-slice"]
 
 
 class ModelOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -45,6 +46,7 @@ class SchedulingOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     max_num_seqs: int = 64  # running at once
     max_waiting: int = 256  # more are refused with 429
     max_num_batched_tokens: int = 1024  # tokens of one step
+    itl_target_ms: float | None = None  # of a step that decodes, by bounding its prefill tokens; None: no bound
     block_size: int = 16  # tokens of one KV block
     prefix_caching: bool = True
     embedding_caching: bool = True
@@ -70,6 +72,8 @@ class ParallelOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vit_threads: int = 1
     max_patches_per_batch: int = 8192  # of one ViT forward: fills a GPU; twice as many make the first image wait
     vit_quantum_ms: float = 8.0  # of tower work that a GPU is given at once
+    gpu_sharing: GpuSharingChoice = "auto"  # where a ViT and a rank share a GPU; auto: MPS if it can be had
+    vit_sm_percent: int = 80  # of the SMs of a GPU that a ViT shares under MPS
 
 
 class SupervisionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import TypeAlias
 
 import zmq
@@ -17,6 +18,7 @@ from vlmrt.runtime.messages import (
     Epoch,
     Heartbeat,
     Hello,
+    MemoryTurn,
     Message,
     PeerDown,
     PeerUp,
@@ -99,9 +101,10 @@ class ControlLink:
 
     def __init__(self, context: zmq.Context[Socket], spec: ProcessSpec, metrics: Metrics, wake: asyncio.Event) -> None:
         self._header = encode_header(spec.actor.name, spec.epoch)
-        self._decoder = FrameDecoder[ControlNews](ControlInbox)
+        self._decoder = FrameDecoder[ControlNews | MemoryTurn](ControlInbox)
         self._metrics = metrics
         self._wake = wake
+        self.memory_turn: Future[MemoryTurn] = Future()  # a loading thread waits for it, before anything is taken
         self._received: deque[ControlNews] = deque()
         self._socket = open_socket(context, zmq.DEALER, linger_ms=_LINGER_MS)
         self._socket.setsockopt(zmq.ROUTING_ID, routing_id(spec.actor.name, spec.epoch))
@@ -127,8 +130,11 @@ class ControlLink:
         except BadFrame:
             self._metrics.add("bad_frames_total")
             return
-        self._received.append(message)
-        self._wake.set()
+        if not isinstance(message, MemoryTurn):
+            self._received.append(message)
+            self._wake.set()
+        elif not self.memory_turn.done():
+            self.memory_turn.set_result(message)
 
     def close(self) -> None:
         self._pump.close()

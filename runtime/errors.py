@@ -63,6 +63,22 @@ class RequestError(VlmrtError):
         return cls(wire.message, status=wire.status, code=wire.code, param=wire.param, retry_after_s=wire.retry_after_s)
 
 
+_DEVICE_ERRORS = ("AcceleratorError", "CudaError")  # torch's and cuda_ipc's; by name, so that torch is not imported
+_DEVICE_MESSAGES = ("CUDA error:", "CUDA driver error:", "Triton Error [CUDA]:")
+
+
+def is_device_fault(error: BaseException | None) -> bool:
+    """Whether an error of the CUDA driver is the error, in the group, or what it came from; out of memory is none."""
+    if error is None:
+        return False
+    if isinstance(error, BaseExceptionGroup) and any(map(is_device_fault, error.exceptions)):
+        return True
+    text = str(error)
+    named = any(kind.__name__ in _DEVICE_ERRORS for kind in type(error).__mro__)
+    said = isinstance(error, RuntimeError) and any(message in text for message in _DEVICE_MESSAGES)
+    return ((named or said) and "out of memory" not in text) or is_device_fault(error.__cause__ or error.__context__)
+
+
 def error_type(status: int) -> str:
     """The OpenAI `type` of an error body for an HTTP status."""
     match status:

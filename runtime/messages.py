@@ -304,7 +304,7 @@ class StepResult(Message, frozen=True):
 
     step: int
     token_ids: tuple[int, ...]  # one for every row with sample=True, in row order
-    duration_ms: float
+    duration_ms: float  # of this step alone: not its wait behind the step before it
 
 
 # ---------------------------------------------------------------- actor -> supervisor
@@ -403,6 +403,12 @@ class PeerDown(Message, frozen=True):
     epoch: Epoch
 
 
+class MemoryTurn(Message, frozen=True):
+    """To a starting rank: every ViT on its GPU holds its memory now, so what is free is the rank's."""
+
+    num_kv_blocks: int | None  # what the first start found room for: a restart takes the same again
+
+
 class Shutdown(Message, frozen=True):
     """End within grace_s: the edge first lets open requests finish for that long."""
 
@@ -435,4 +441,4 @@ SchedulerInbox = Submit | Abort | MediaUnsent | PixelsReady | DecodeFailed | Emb
 VitInbox = Encode | CancelEncode
 LlmInbox = AttachSlab | DetachSlab | StepPlan
 SupervisorInbox = Hello | Progress | Ready | StartFailed | Heartbeat
-ControlInbox = PeerUp | PeerDown | Shutdown | ServiceStatus
+ControlInbox = PeerUp | PeerDown | MemoryTurn | Shutdown | ServiceStatus

@@ -18,8 +18,8 @@ import msgspec
 import uvloop
 
 from vlmrt.runtime.actor import ActorFactory, ActorProcess
-from vlmrt.runtime.errors import StartupError
-from vlmrt.runtime.spawner import ProcessSpec
+from vlmrt.runtime.errors import StartupError, is_device_fault
+from vlmrt.runtime.spawner import DEVICE_FAULT, ProcessSpec
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
@@ -45,8 +45,10 @@ def main(spec_path: str) -> NoReturn:
     code = CRASHED
     try:
         code = asyncio.Runner(loop_factory=uvloop.new_event_loop).run(_run(spec, listen_socket))
-    except BaseException:
+    except BaseException as error:
         logger.exception("epoch %d ends by an exception", spec.epoch)
+        if is_device_fault(error):
+            code = DEVICE_FAULT
     logging.shutdown()
     sys.stdout.flush()
     os._exit(code)

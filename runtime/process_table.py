@@ -54,6 +54,7 @@ class Process:
     handle: ProcessHandle | None = None
     said_hello: bool = False
     address: str = ""
+    had_memory_turn: bool = False
     capabilities: Capabilities | None = None  # set by Ready
     is_up: bool = False  # announced to peers
     state: State = "starting"
@@ -66,7 +67,7 @@ class Process:
     def begin(self, epoch: Epoch, address: str, handle: ProcessHandle, now_s: float) -> None:
         """A new incarnation was spawned."""
         self.epoch, self.address, self.handle = epoch, address, handle
-        self.said_hello, self.capabilities, self.is_up = False, None, False
+        self.said_hello, self.had_memory_turn, self.capabilities, self.is_up = False, False, None, False
         self.state = "starting"
         self.last_heartbeat_s, self.loop_lag_ms = now_s, 0.0
 
@@ -114,6 +115,15 @@ class ProcessTable:
     def peers_of(self, process: Process) -> list[Process]:
         """Who is up and this actor hears of."""
         return [p for p in self if p.is_up and p is not process and p.spec.kind in TOLD_ABOUT[process.spec.kind]]
+
+    def ranks_whose_turn_it_is(self, *, is_restart: bool) -> list[Process]:
+        """Ranks to be given the memory left on their GPU: no ViT there is still to take its own.
+
+        At a restart the number of their blocks is known, so they need not wait, and nobody can wait for good.
+        """
+        starting = {p.spec.device for p in self if p.spec.kind == "vit" and p.capabilities is None}
+        ranks = [p for p in self if p.spec.kind == "llm" and p.said_hello and not p.had_memory_turn]
+        return [p for p in ranks if is_restart or p.spec.device == "cpu" or p.spec.device not in starting]
 
     @property
     def all_up(self) -> bool:

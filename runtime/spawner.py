@@ -19,6 +19,7 @@ from vlmrt.runtime.topology import ActorSpec, thread_environment
 from vlmrt.runtime.transport import actor_stem
 
 START_FAILED = 78  # exit code of an actor that sent StartFailed (EX_CONFIG)
+DEVICE_FAULT = 76  # exit code after an error of the CUDA driver: the device's state is lost
 
 
 class ProcessSpec(msgspec.Struct, frozen=True):
@@ -34,6 +35,7 @@ class ProcessSpec(msgspec.Struct, frozen=True):
     parent_pid: int
     lifeline_fd: int  # a pipe: its end is the supervisor's end
     listen_fd: int | None = None  # bound and listening; only edges
+    environment: dict[str, str] = {}  # beside what every actor gets
 
 
 class ProcessHandle(Protocol):
@@ -63,7 +65,7 @@ class LocalSpawner:
             [sys.executable, "-m", "vlmrt.runtime.process", str(spec_path)],
             stdin=subprocess.DEVNULL,
             pass_fds=inherited,
-            env={**os.environ, **thread_environment(spec.actor), RUN_DIR_VARIABLE: spec.run_dir},
+            env={**os.environ, **thread_environment(spec.actor), **spec.environment, RUN_DIR_VARIABLE: spec.run_dir},
             process_group=0,
         )
         return LocalProcess(process)

@@ -22,6 +22,7 @@ from vlmrt.runtime import sweeper
 from vlmrt.runtime.config import Config, ServerOptions
 from vlmrt.runtime.control import SUPERVISOR, ActorReport, ControlServer
 from vlmrt.runtime.errors import StartupError
+from vlmrt.runtime.gpu_sharing import GpuSharing
 from vlmrt.runtime.memory_server import MemoryServer, memory_limits
 from vlmrt.runtime.messages import (
     ActorName,
@@ -29,6 +30,8 @@ from vlmrt.runtime.messages import (
     Epoch,
     Heartbeat,
     Hello,
+    LlmReady,
+    MemoryTurn,
     Message,
     PeerDown,
     Progress,
@@ -39,14 +42,14 @@ from vlmrt.runtime.messages import (
 from vlmrt.runtime.metrics import Metrics
 from vlmrt.runtime.process_table import Process, ProcessTable, RestartBudget
 from vlmrt.runtime.run_dir import RUN_DIR_VARIABLE, RunDir
-from vlmrt.runtime.spawner import START_FAILED, LocalSpawner, ProcessSpec, Spawner
+from vlmrt.runtime.spawner import DEVICE_FAULT, START_FAILED, LocalSpawner, ProcessSpec, Spawner
 from vlmrt.runtime.topology import ActorSpec, actor_specs, restart_groups
 from vlmrt.runtime.transport import control_address, inbox_address, new_context, socket_path
 
 _EXIT_MARGIN_S = 4.0  # beyond a grace time, before SIGKILL
 _OTHERS_GRACE_S = 2.0  # for actors other than edges: their requests have ended by then
 _REAP_S = 10.0  # a killed process that is not gone by then is stuck in the kernel
-_SWEEPER_S = 10.0
+_SWEEPER_S = 20.0
 _LISTEN_BACKLOG = 1024
 _LAST_WORDS_S = 1.0
 _MAX_TICK_S = 0.25
@@ -67,6 +70,10 @@ class Observer(Protocol):
 
     def restarting(self, actor: ActorName, epoch: Epoch, delay_s: float) -> None:
         """`epoch` will be spawned after delay_s."""
+        ...
+
+    def gpu_sharing(self, how: str) -> None:
+        """How ViTs and ranks share their GPUs; told where they do, and again when it was set up anew."""
         ...
 
     def ready(self, url: str, start_s: float) -> None:
@@ -94,6 +101,9 @@ class LogObserver:
 
     def restarting(self, actor: ActorName, epoch: Epoch, delay_s: float) -> None:
         logger.warning("%s restarts as epoch %d in %.1f s", actor, epoch, delay_s)
+
+    def gpu_sharing(self, how: str) -> None:
+        logger.info("GPU sharing: %s", how)
 
     def ready(self, url: str, start_s: float) -> None:
         logger.info("ready at %s after %.1f s", url, start_s)
@@ -153,6 +163,7 @@ class Supervisor:
         self._stop_now = asyncio.Event()
         self._stop_reason = ""
         self._fatal: str | None = None
+        self._num_kv_blocks: int | None = None  # what the first start found room for, beside everyone else
         self._was_ready = False
         self._is_ready = False
         self._unready_since_s = time.monotonic()
@@ -209,6 +220,8 @@ class Supervisor:
             socket_path(run_dir.path, "memory"), memory_limits(self._config.memory), self._table.owner_of_pid
         )
         stack.callback(self._memory.close)
+        self._sharing = GpuSharing(self._config.parallel, specs, run_dir.path, self._observer.gpu_sharing)
+        stack.push_async_callback(self._sharing.close)
         self._control_address = control_address(run_dir.path)
         self._control = ControlServer(zmq_context, self._control_address, self._take_report, self._metrics)
         stack.callback(self._control.close)
@@ -220,11 +233,13 @@ class Supervisor:
 
     async def _supervise(self) -> None:
         groups = restart_groups(self._specs_in_use())
+        self._sharing.start()
         async with asyncio.TaskGroup() as tasks:
             background = [tasks.create_task(self._memory.serve()), tasks.create_task(self._tick())]
             lives = {name: tasks.create_task(self._keep_alive(name, specs)) for name, specs in groups.items()}
             await self._stop.wait()
             self._observer.stopping(self._stop_reason)
+            await self._sharing.close()
             await self._end_in_order(lives)
             for task in background:
                 task.cancel()
@@ -266,6 +281,13 @@ class Supervisor:
         """Spawn the group, announce it when all of it is ready, and return why it ended; all of it is reaped then."""
         failure: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._failures[group] = failure
+        try:
+            await self._sharing.enter(group)
+        except StartupError as error:
+            return str(error)
+        if self._stop.is_set():
+            self._sharing.leave(group)
+            return self._stop_reason
         watchers: list[asyncio.Task[None]] = []
         limit = asyncio.create_task(self._limit_start(members, failure))
         asked_to_end = False
@@ -280,6 +302,7 @@ class Supervisor:
         finally:
             limit.cancel()
             await self._reap(members, watchers, kill=not asked_to_end)
+            self._sharing.leave(group)
         for member in members:
             self._take_down(member, reason)
         self._refresh_readiness()
@@ -313,6 +336,7 @@ class Supervisor:
                 parent_pid=os.getpid(),
                 lifeline_fd=self._lifeline_fd,
                 listen_fd=self._listener.fileno() if member.spec.kind == "edge" else None,
+                environment=dict(self._sharing.environment(member.spec)),
             )
         )
         member.begin(epoch, address, handle, time.monotonic())
@@ -322,9 +346,16 @@ class Supervisor:
         code = await member.handle.wait()
         if code == START_FAILED:
             await asyncio.wait({failure}, timeout=_LAST_WORDS_S)  # its StartFailed says more than its exit code
+        if code == DEVICE_FAULT:
+            self._on_device_fault(member)
         during = "" if member.is_up else " during its start"
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         _settle(failure, f"{member.spec.name} ended{during} ({how}); its last log lines say why")
+
+    def _on_device_fault(self, member: Process) -> None:
+        """Under MPS nobody else on the daemon can be trusted any more: all of them and the daemon begin anew."""
+        for group in self._sharing.fault(member.spec.group) - {member.spec.group}:
+            _settle(self._failures[group], f"{member.spec.name} had a CUDA fault under the same MPS daemon")
 
     async def _limit_start(self, members: list[Process], failure: asyncio.Future[str]) -> None:
         limit_s = self._config.supervision.start_timeout_s
@@ -364,6 +395,7 @@ class Supervisor:
             case Hello():
                 member.said_hello = True
                 member.last_heartbeat_s = time.monotonic()
+                self._give_memory_turns()
             case Heartbeat():
                 member.last_heartbeat_s = time.monotonic()
                 member.loop_lag_ms = report.loop_lag_ms
@@ -374,6 +406,9 @@ class Supervisor:
                 _settle(self._failures[member.spec.group], report.message)
             case Ready():
                 member.capabilities = report.capabilities
+                if isinstance(report.capabilities, LlmReady):
+                    self._num_kv_blocks = report.capabilities.num_blocks
+                self._give_memory_turns()
                 self._announce_if_complete(member.spec.group)
             case _:
                 assert_never(report)
@@ -393,6 +428,11 @@ class Supervisor:
                 self._send(member, peer.peer_up())
             self._observer.actor_up(member.spec.name, member.epoch, member.capabilities)
         self._refresh_readiness()
+
+    def _give_memory_turns(self) -> None:
+        for rank in self._table.ranks_whose_turn_it_is(is_restart=self._num_kv_blocks is not None):
+            rank.had_memory_turn = True
+            self._send(rank, MemoryTurn(self._num_kv_blocks))
 
     def _send(self, member: Process, message: Message) -> None:
         """News that must arrive: an actor that cannot take it is ended."""

@@ -113,6 +113,7 @@ class FakeContext:
         self.listen_socket = listen_socket
         self.memory = memory or FakeMemory()
         self._owns_memory = memory is None
+        self.num_kv_blocks: int | None = None  # what memory_turn returns
         self.stages: list[tuple[str, int, int]] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -129,6 +130,9 @@ class FakeContext:
 
     def open_memory(self, name: str) -> int:
         return self.memory.open(name)
+
+    def memory_turn(self) -> int | None:
+        return self.num_kv_blocks
 
     async def __aenter__(self) -> FakeContext:
         return self

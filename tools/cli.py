@@ -70,6 +70,15 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
         metavar="MS",
         help="vision work that a GPU is given at once; less leaves more gaps for decoding",
     )
+    place.add_argument(
+        "--gpu-sharing",
+        choices=("auto", "mps", "time-slice"),
+        default="auto",
+        help="where a ViT and a rank share a GPU; auto: MPS if it can be had",
+    )
+    place.add_argument(
+        "--vit-sm-percent", type=percent, default=80, metavar="P", help="of a shared GPU, under MPS: the ViT's part"
+    )
 
     memory = parser.add_argument_group("memory")
     memory.add_argument("--kv-cache-gib", type=positive_float, metavar="GIB", help="per rank; default: what is free")
@@ -83,7 +92,25 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-num-seqs", type=positive_int, default=64, metavar="N", help="requests that run at once")
     limits.add_argument("--max-waiting", type=positive_int, default=256, metavar="N", help="more are refused with 429")
-    limits.add_argument("--max-num-batched-tokens", type=positive_int, default=1024, metavar="N", help="of one step")
+    limits.add_argument(
+        "--preset",
+        choices=("interactive", "throughput"),
+        default="interactive",
+        help="short steps for those who read along, or long ones for those who wait for the end",
+    )
+    limits.add_argument(
+        "--itl-target-ms",
+        type=non_negative_float,
+        metavar="MS",
+        help="prefill beside decoding streams is bounded so that a step takes no longer; 0: no bound; "
+        "default: interactive 40 on a GPU, else none",
+    )
+    limits.add_argument(
+        "--max-num-batched-tokens",
+        type=positive_int,
+        metavar="N",
+        help="of one step; default: interactive 1024, throughput 8192",
+    )
     limits.add_argument("--request-timeout-s", type=positive_float, default=600.0, metavar="S")
     limits.add_argument("--max-body-mib", type=positive_int, default=64, metavar="MIB", help="more is refused with 413")
     limits.add_argument("--limit-images", type=positive_int, default=64, metavar="N", help="images of one request")
@@ -123,10 +150,24 @@ def positive_float(text: str) -> float:
     return value
 
 
+def non_negative_float(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or a positive number")
+    return value
+
+
 def fraction(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not within (0, 1]")
+    return value
+
+
+def percent(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is not within 1..100")
     return value
 
 

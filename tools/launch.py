@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from vlmrt.actors.models.checkpoint_files import check_weight_files
 from vlmrt.actors.models.config import CheckpointError, ImageProcessing, ModelConfig
@@ -42,6 +43,16 @@ DEFAULT_EMBEDDING_CACHE_GIB = {"cpu": 0.25, "cuda": 2.0}
 CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
 GIB = 1 << 30
 MIB = 1 << 20
+
+
+class Preset(NamedTuple):
+    """What --preset stands for."""
+
+    itl_target_ms: float | None  # on a GPU: a step on a CPU takes longer than any such target by itself
+    max_num_batched_tokens: int
+
+
+PRESETS = {"interactive": Preset(40.0, 1024), "throughput": Preset(None, 8192)}
 
 
 def launch(arguments: argparse.Namespace) -> int:
@@ -79,7 +90,8 @@ def build_config(arguments: argparse.Namespace) -> tuple[Config, ModelConfig]:
         scheduling=SchedulingOptions(
             max_num_seqs=arguments.max_num_seqs,
             max_waiting=arguments.max_waiting,
-            max_num_batched_tokens=arguments.max_num_batched_tokens,
+            max_num_batched_tokens=arguments.max_num_batched_tokens or PRESETS[arguments.preset].max_num_batched_tokens,
+            itl_target_ms=itl_target_ms(arguments.itl_target_ms, arguments.preset, device),
             prefix_caching=not arguments.no_prefix_caching,
             embedding_caching=not arguments.no_embedding_caching,
         ),
@@ -116,6 +128,13 @@ def resolve_device(device: str, dtype: str, tp: int, model: ModelConfig) -> tupl
     if dtype == "float32" or (dtype == "auto" and chosen == "cpu"):
         return chosen, "float32"
     return chosen, "bfloat16"
+
+
+def itl_target_ms(asked: float | None, preset: str, device: Device) -> float | None:
+    """As asked, where 0 means none; else the preset's, on a GPU."""
+    if asked is not None:
+        return asked or None
+    return PRESETS[preset].itl_target_ms if device == "cuda" else None
 
 
 def model_options(arguments: argparse.Namespace, directory: Path, model: ModelConfig) -> ModelOptions:
@@ -190,4 +209,6 @@ def parallel_options(arguments: argparse.Namespace, device: Device, dtype: Dtype
         llm_threads=arguments.llm_threads or max(1, cores // arguments.tp),
         vit_threads=arguments.vit_threads,
         vit_quantum_ms=arguments.vit_quantum_ms,
+        gpu_sharing=arguments.gpu_sharing,
+        vit_sm_percent=arguments.vit_sm_percent,
     )

@@ -30,6 +30,7 @@ class LaunchReport:
         self._config = config
         self._model = model
         self._num_kv_blocks = 0
+        self._sharing = ""
         self._was_ready = False
         self._began_s = time.monotonic()
         self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
@@ -62,6 +63,11 @@ class LaunchReport:
     def restarting(self, actor: ActorName, epoch: Epoch, delay_s: float) -> None:
         self._began_s = time.monotonic()
         self._line(f"vlmrt: {actor} restarts" + (f" in {delay_s:.1f} s" if delay_s else ""))
+
+    def gpu_sharing(self, how: str) -> None:
+        self._sharing = how
+        if self._was_ready:
+            self._line(f"vlmrt: GPU sharing set up anew: {how}")
 
     def ready(self, url: str, start_s: float) -> None:
         self._stop_bars()
@@ -112,6 +118,8 @@ class LaunchReport:
             f"  pictures   data URLs; http(s) {fetching}; files {server.allowed_media_root or 'off'}",
             "  API key    none: whoever reaches the address may use it",
         ]
+        if self._sharing:
+            block.insert(block.index(f"  device     {self._place()}") + 1, f"  sharing    {self._sharing}")
         if num_kv_tokens < model.max_model_len:
             block.append(
                 f"  note       the KV cache holds fewer tokens than the context: longer requests than {num_kv_tokens} "

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from vlmrt.actors.models.config import TextConfig
+from vlmrt.actors.models.gpu_memory import out_of_memory_text
 from vlmrt.runtime.config import Config
 from vlmrt.runtime.errors import StartupError
 
@@ -16,6 +19,30 @@ MAX_DEFAULT_CPU_BYTES = GIB
 
 KvCache = list[tuple[Tensor, Tensor]]
 
+WEIGHTS = "the weights of the LLM"
+LARGEST_STEP = "the workspace of the largest step"
+KV_CACHE = "the KV cache"
+RECORDED_STEPS = "the recorded steps"
+TO_LOWER = {
+    WEIGHTS: ("--embedding-cache-gib", "raise --tp"),
+    LARGEST_STEP: ("--max-num-batched-tokens", "--max-num-seqs", "--embedding-cache-gib"),
+    KV_CACHE: ("--kv-cache-gib", "--max-num-batched-tokens", "--embedding-cache-gib"),
+    RECORDED_STEPS: ("--max-num-seqs", "--kv-cache-gib", "--gpu-memory-fraction"),
+}
+
+
+@contextmanager
+def room_for(what: str, device: torch.device, taken: Mapping[str, int]) -> Iterator[None]:
+    """Say who holds the GPU's memory when one of the things above finds no room.
+
+    Args: `taken` are the bytes of what this rank has loaded so far, by name.
+    Raises: StartupError in place of torch.OutOfMemoryError.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise StartupError(out_of_memory_text(what, device, taken, TO_LOWER[what])) from None
+
 
 def block_bytes(text: TextConfig, tp: int, block_size: int, dtype: torch.dtype) -> int:
     """Bytes of one block on one rank: keys and values of all its layers."""
@@ -23,15 +50,24 @@ def block_bytes(text: TextConfig, tp: int, block_size: int, dtype: torch.dtype) 
 
 
 def num_blocks_that_fit(
-    config: Config, text: TextConfig, dtype: torch.dtype, device: torch.device, reserved_bytes: int = 0
+    config: Config,
+    text: TextConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    at_last_start: int | None = None,
+    taken: Mapping[str, int] | None = None,
+    reserved_bytes: int = 0,
 ) -> int:
-    """Blocks of this rank's cache: as configured, else by the memory there is.
+    """Blocks of this rank's cache: as many as at the last start, else as configured, else by the memory there is.
 
     On a CPU: what max_num_seqs sequences of max_model_len tokens can use, within 1 GiB unless one sequence alone
-    needs more.  On a GPU: what gpu_memory_fraction leaves when everything else is loaded, less reserved_bytes; call
-    it after a largest step has run, so that the step's workspace is counted.
+    needs more.  On a GPU: what gpu_memory_fraction leaves when everything else is loaded, less reserved_bytes for
+    the workspace of steps.  `taken` are the bytes of what this rank holds, by name.
     Raises: StartupError if not even one block fits.
     """
+    if at_last_start is not None:
+        return at_last_start
     size = block_bytes(text, config.parallel.tp, config.scheduling.block_size, dtype)
     if config.memory.num_kv_blocks is not None:
         num_blocks, said = config.memory.num_kv_blocks, f"--num-kv-blocks {config.memory.num_kv_blocks}"
@@ -46,7 +82,11 @@ def num_blocks_that_fit(
     else:
         free, total = torch.cuda.mem_get_info(device)
         num_blocks = int(free - reserved_bytes - (1.0 - config.memory.gpu_memory_fraction) * total) // size
-        said = f"--gpu-memory-fraction {config.memory.gpu_memory_fraction:g} with {free / GIB:.2f} GiB free"
+        said = f"--gpu-memory-fraction {config.memory.gpu_memory_fraction:g}"
+        if num_blocks < 1:
+            what = f"a KV cache within {said}"
+            to_lower = ("--embedding-cache-gib", "--max-num-batched-tokens", "raise --gpu-memory-fraction")
+            raise StartupError(out_of_memory_text(what, device, taken or {}, to_lower))
     if num_blocks < 1:
         raise StartupError(f"{said}: too little for the KV cache, one block of which takes {size / GIB:.4f} GiB")
     return num_blocks
@@ -58,12 +98,12 @@ def allocate(
     """(keys, values) of each layer, each zeros [num_blocks, block_size, num_kv_heads / tp, head_dim].
 
     On a CPU the pages are mapped when first written, so a large cache costs neither time nor memory at the start.
-    Raises: StartupError if the memory cannot be had.
+    Raises: StartupError if a CPU does not have the memory, torch.OutOfMemoryError if a GPU does not.
     """
     shape = (num_blocks, block_size, text.num_kv_heads // tp, text.head_dim)
     try:
         return [(_zeros(shape, dtype, device), _zeros(shape, dtype, device)) for _ in range(text.num_layers)]
-    except (OSError, torch.OutOfMemoryError) as error:
+    except OSError as error:
         size = block_bytes(text, tp, block_size, dtype) * num_blocks
         raise StartupError(f"--kv-cache-gib: {size / GIB:.2f} GiB for the KV cache cannot be had: {error}") from None
 

@@ -11,7 +11,15 @@ import torch
 import torch.distributed as dist
 
 from vlmrt.actors.llm.cpu_threads import CpuThreads
-from vlmrt.actors.llm.kv_cache import allocate, num_blocks_that_fit
+from vlmrt.actors.llm.kv_cache import (
+    KV_CACHE,
+    LARGEST_STEP,
+    RECORDED_STEPS,
+    WEIGHTS,
+    allocate,
+    num_blocks_that_fit,
+    room_for,
+)
 from vlmrt.actors.llm.process_group import RankGroup, join_group
 from vlmrt.actors.llm.runner import PendingStep, Runner
 from vlmrt.actors.llm.slots import Slots
@@ -19,6 +27,7 @@ from vlmrt.actors.llm.step_graphs import HIGHEST_PRIORITY, step_shapes
 from vlmrt.actors.llm.step_thread import OpenedSlab
 from vlmrt.actors.models.checkpoint_files import check_weight_files
 from vlmrt.actors.models.config import CheckpointError, ModelConfig
+from vlmrt.actors.models.gpu_memory import parameter_bytes
 from vlmrt.actors.models.qwen2_vl.language import LanguageModel
 from vlmrt.actors.models.registry import check_tensor_parallel, family, load_model_config
 from vlmrt.runtime.actor import ActorContext
@@ -100,24 +109,43 @@ def load_rank(context: ActorContext) -> LoadedRank:
             config.supervision.start_timeout_s,
             config.supervision.step_timeout_s,
         )
-        model = family(model_config.model_type).load_language(
-            files, model_config, group.tp, device, dtype, partial(context.progress, "loading weights")
-        )
+        with room_for(WEIGHTS, device, {}):
+            model = family(model_config.model_type).load_language(
+                files, model_config, group.tp, device, dtype, partial(context.progress, "loading weights")
+            )
     except CheckpointError as error:
         raise StartupError(str(error)) from None
+    taken = {WEIGHTS: parameter_bytes(model)}
+    if device.type != "cpu":
+        context.progress("waiting for the ViT's memory", 0, 1)
+    at_last_start = context.memory_turn()
     group.wait_for_all("loaded", config.supervision.start_timeout_s)
     with torch.inference_mode():
         reserved_bytes = 0
         if device.type != "cpu":
-            reserved_bytes = _workspace_bytes(config, model_config, model, device, dtype)
-        num_blocks = group.smallest(num_blocks_that_fit(config, model_config.text, dtype, device, reserved_bytes))
-        kv = allocate(num_blocks, config.scheduling.block_size, model_config.text, config.parallel.tp, dtype, device)
+            with room_for(LARGEST_STEP, device, taken):
+                reserved_bytes = _workspace_bytes(config, model_config, model, device, dtype)
+        fitting = num_blocks_that_fit(
+            config,
+            model_config.text,
+            dtype,
+            device,
+            at_last_start=at_last_start,
+            taken=taken,
+            reserved_bytes=reserved_bytes,
+        )
+        num_blocks = group.smallest(fitting)
+        with room_for(KV_CACHE, device, taken):
+            kv = allocate(
+                num_blocks, config.scheduling.block_size, model_config.text, config.parallel.tp, dtype, device
+            )
         slots = Slots(config.scheduling.max_num_seqs, config.model.max_model_len, config.scheduling.block_size)
         threads = CpuThreads(model, config.parallel.llm_threads) if device.type == "cpu" else None
         runner = Runner(model, kv, slots, model_config.vision.spatial_merge_size, device, threads)
         if device.type != "cpu":
             context.progress("recording steps", 0, 1)
-            runner.record(step_shapes(config.scheduling.max_num_seqs, config.scheduling.max_num_batched_tokens))
+            with room_for(RECORDED_STEPS, device, taken):
+                runner.record(step_shapes(config.scheduling.max_num_seqs, config.scheduling.max_num_batched_tokens))
         _warm_up(runner, 1, CPU_WARM_UP_TOKENS, num_blocks, config)
     return LoadedRank(num_blocks, group, runner)
 

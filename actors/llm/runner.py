@@ -58,6 +58,7 @@ class Runner:
         self._device = device
         self._sampler = Sampler(slots, model.config.vocab_size, device)
         self._graphs: StepGraphs | None = None
+        self._completed_s = 0.0  # when the last step was
         self._slabs: dict[SlabKey, EmbeddingSlab] = {}
 
     def record(self, shapes: Sequence[StepShape]) -> None:
@@ -111,8 +112,11 @@ class Runner:
             pending.done.synchronize()
         token_ids = pending.token_ids.numpy()[pending.rows]
         self._slots.learn(pending.batch.sample_slots, pending.batch.sample_admissions, token_ids)
-        duration_ms = (time.perf_counter() - pending.started_s) * 1e3
-        return StepResult(pending.step, tuple(token_ids.tolist()), duration_ms)
+        completed_s = time.perf_counter()
+        # A step that was launched ahead began when the one before it ended.
+        duration_s = completed_s - max(pending.started_s, self._completed_s)
+        self._completed_s = completed_s
+        return StepResult(pending.step, tuple(token_ids.tolist()), 1e3 * duration_s)
 
     def _run(self, batch: HostBatch) -> tuple[Tensor, Ints | slice]:
         """(tokens on the device, where among them those of the rows that sample are)."""

@@ -1,6 +1,7 @@
 """What runs next: decode rows first, then prefill chunks and admissions in the order of (priority, arrival).
 
-A prefill runs as far as its embeddings have arrived, within max_num_batched_tokens.  When KV blocks run out the
+A prefill runs as far as its embeddings have arrived, within max_num_batched_tokens and, beside decode rows, within what
+keeps the step short (pacing.py).  When KV blocks run out the
 youngest running request is preempted: its blocks are freed and it is computed again later.  A request that waits for
 media keeps its place only while nobody else could use it.  All of it is decided from books: no clock, no I/O.
 """
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 from vlmrt.actors.scheduler.counters import Counters
 from vlmrt.actors.scheduler.embed_cache import EmbedCache, Entry
+from vlmrt.actors.scheduler.pacing import Pacing
 from vlmrt.actors.scheduler.prefix_cache import PrefixCache
 from vlmrt.actors.scheduler.request import Request, Status
 from vlmrt.runtime.messages import EmbedSlice, NewSequence, StepPlan, StepRow
@@ -67,6 +69,8 @@ class Step:
     plan: StepPlan
     rows: list[PlannedRow]
     entries: list[Entry]
+    num_decode_rows: int
+    num_prefill_tokens: int
 
 
 def _row_order(pair: tuple[StepRow, PlannedRow]) -> int:
@@ -92,8 +96,11 @@ class Slots:
 class Planner:
     """Waiting and running requests of one TP group's life, its slots and blocks."""
 
-    def __init__(self, limits: Limits, kv: PrefixCache, embeds: EmbedCache, want: Want, counters: Counters) -> None:
+    def __init__(
+        self, limits: Limits, kv: PrefixCache, embeds: EmbedCache, want: Want, counters: Counters, pacing: Pacing
+    ) -> None:
         self.limits = limits
+        self.pacing = pacing
         self.kv = kv
         self.slots = Slots(limits.max_num_seqs)
         self.waiting: list[Request] = []  # both sorted by key
@@ -160,6 +167,9 @@ class Planner:
         """The next step; None if nothing can run."""
         draft = Draft(self.limits.max_num_batched_tokens)
         self._plan_decodes(draft)
+        most = self.pacing.max_prefill_tokens(len(draft.decodes))
+        if most is not None:
+            draft.budget = min(draft.budget, most)
         self._plan_prefills(draft)
         if not draft.decodes and not draft.prefills:
             return None  # slots to release wait for a plan with rows
@@ -167,7 +177,9 @@ class Planner:
         draft.prefills.sort(key=_row_order)
         pairs = draft.decodes + draft.prefills
         plan = StepPlan(step, release, tuple(draft.admit), tuple([row for row, _ in pairs]))
-        return Step(plan, [planned for _, planned in pairs], list(draft.entries.values()))
+        num_prefill_tokens = sum(planned.num_tokens for _, planned in draft.prefills)
+        rows = [planned for _, planned in pairs]
+        return Step(plan, rows, list(draft.entries.values()), len(draft.decodes), num_prefill_tokens)
 
     def _plan_decodes(self, draft: Draft) -> None:
         block_size = self.limits.block_size

@@ -13,6 +13,7 @@ from vlmrt.actors.scheduler.counters import Counters
 from vlmrt.actors.scheduler.embed_cache import EmbedCache, Slab
 from vlmrt.actors.scheduler.llm_group import LlmGroup
 from vlmrt.actors.scheduler.media_work import MediaWork
+from vlmrt.actors.scheduler.pacing import Pacing
 from vlmrt.actors.scheduler.policy import Limits, Planner
 from vlmrt.actors.scheduler.prefix_cache import PrefixCache, extend_block_hashes
 from vlmrt.actors.scheduler.request import Request, Status
@@ -72,7 +73,14 @@ class State:
         self.llm = LlmGroup(config.parallel.tp)
         self.embeds = EmbedCache(enabled=scheduling.embedding_caching)
         self.media = MediaWork(self.embeds, self._send, self._edge_of, self.counters)
-        self.planner = Planner(self.limits, self._empty_kv(0), self.embeds, self.media.want, self.counters)
+        self.planner = Planner(
+            self.limits,
+            self._empty_kv(0),
+            self.embeds,
+            self.media.want,
+            self.counters,
+            Pacing(scheduling.itl_target_ms, scheduling.block_size),
+        )
         self._num_arrivals = 0
         self._sends: list[Send] = []
         self._outputs: dict[ActorName, list[TokenOutput]] = {}
@@ -305,6 +313,7 @@ class State:
         if len(result.token_ids) != num_samples:
             raise ValueError(f"step {result.step} samples {num_samples} tokens, its result has {len(result.token_ids)}")
         self.embeds.end_step(self.llm.epoch, result.step)
+        self.planner.pacing.observe(step.num_decode_rows, step.num_prefill_tokens, result.duration_ms)
         token_ids = iter(result.token_ids)
         for row in step.rows:
             token_id = next(token_ids) if row.sample else None

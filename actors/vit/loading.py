@@ -13,6 +13,7 @@ import torch
 
 from vlmrt.actors.models.checkpoint_files import check_weight_files
 from vlmrt.actors.models.config import CheckpointError, ImageProcessing, ModelConfig, VisionConfig
+from vlmrt.actors.models.gpu_memory import out_of_memory_text, parameter_bytes
 from vlmrt.actors.models.registry import family, load_image_processing, load_model_config
 from vlmrt.actors.models.vision_tower import VisionTower
 from vlmrt.actors.vit.encoder import Encoder
@@ -25,6 +26,7 @@ from vlmrt.runtime.shared_memory import ArenaReader
 from vlmrt.runtime.slab import DTYPE_BYTES, create_slab
 
 GIB = 1 << 30
+TO_LOWER = ("--embedding-cache-gib", "--kv-cache-gib", "the checkpoint's max_pixels")
 CPU_QUANTUM_S = 0.1  # nobody else waits for the device; it only says how often the encoder shows that it moves
 
 logger = logging.getLogger(__name__)
@@ -35,12 +37,23 @@ def load_encoder(context: ActorContext) -> Encoder:
 
     Raises: StartupError where another try cannot help.
     """
+    tensors: dict[str, int] = {}  # what is loaded so far, for whoever has to make room
+    beside_torch: dict[str, int] = {}
+    try:
+        return _load(context, tensors, beside_torch)
+    except torch.OutOfMemoryError:
+        device = torch.device(context.device)
+        raise StartupError(out_of_memory_text("the ViT", device, tensors, TO_LOWER, beside_torch)) from None
+
+
+def _load(context: ActorContext, tensors: dict[str, int], beside_torch: dict[str, int]) -> Encoder:
     config = context.config
     device = _use_device(context)
     try:
         model_config, processing, tower = _load_tower(context, device)
     except CheckpointError as error:
         raise StartupError(str(error)) from None
+    tensors["the weights of the ViT"] = parameter_bytes(tower)
     vision = model_config.vision
     slab = create_slab(
         context,
@@ -50,6 +63,7 @@ def load_encoder(context: ActorContext) -> Encoder:
         width=vision.out_hidden_size,
         dtype=config.parallel.dtype,
     )
+    beside_torch["embeddings (--embedding-cache-gib)"] = int(config.memory.embedding_cache_gib * GIB)
     quantum_s = config.parallel.vit_quantum_ms / 1e3 if device.type == "cuda" else CPU_QUANTUM_S
     engine = TorchEngine(tower, processing, device, quantum_s)
     _encode_black(engine, processing, (1, vision.spatial_merge_size, vision.spatial_merge_size))
@@ -102,24 +116,13 @@ def _largest_grid(config: Config, processing: ImageProcessing) -> GridThw:
 def _reserve_workspace(
     engine: VisionEngine[Any], config: Config, processing: ImageProcessing, device: torch.device
 ) -> None:
-    """Run the first layers of the largest batch, so that torch's allocator keeps its workspace.
-
-    Raises: StartupError if the device's memory does not hold it.
-    """
+    """Run the first layers of the largest batch, so that torch's allocator keeps its workspace."""
     grid = _largest_grid(config, processing)
     num_patches = math.prod(grid)
     torch.cuda.reset_peak_memory_stats(device)
-    try:
-        run = engine.prepare(_black(processing, grid), [grid])
-        for _ in range(
-            2
-        ):  # the second quantum has layers that hold a residual beside their input, as all later ones do
-            engine.run_quantum(run)
-    except torch.OutOfMemoryError as error:
-        raise StartupError(
-            f"{device}: the vision tower's weights and the workspace of {num_patches} patches, the most that one batch "
-            f"or one image has, do not fit: {error}"
-        ) from None
+    run = engine.prepare(_black(processing, grid), [grid])
+    engine.run_quantum(run)
+    engine.run_quantum(run)  # of layers that hold a residual beside their input, as all later ones do
     torch.cuda.synchronize(device)
     peak, kept = torch.cuda.max_memory_allocated(device), torch.cuda.memory_reserved(device)
     logger.info(

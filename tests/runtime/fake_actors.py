@@ -212,3 +212,52 @@ class Drainer(Recorder):
         self.context.outbox.send(ActorName("scheduler:0"), Abort(RequestId("last")))
         await self._answered.wait()
         self.note("drained")
+
+
+class GatedVit(Recorder):
+    """Is ready once the file "vit-gate" is in the events' folder; dies instead while "vit-dies" is."""
+
+    async def start(self) -> Capabilities:
+        folder = self._path.parent
+        while not (folder / "vit-gate").exists():
+            if (folder / "vit-dies").exists():
+                os._exit(9)
+            await asyncio.sleep(0.005)
+        return await super().start()
+
+
+class PatientRank(Recorder):
+    """Waits for its turn in a thread, as the loading of a rank does."""
+
+    async def start(self) -> Capabilities:
+        self.note("loaded")
+        self.note(f"turn {await asyncio.to_thread(self.context.memory_turn)}")
+        return await super().start()
+
+
+class EnvironmentNoter(Recorder):
+    """Notes what MPS would read."""
+
+    async def start(self) -> Capabilities:
+        pipes = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "none")).name
+        self.note(f"pipes {pipes} percent {os.environ.get('CUDA_MPS_ACTIVE_THREAD_PERCENTAGE', 'none')}")
+        return await super().start()
+
+
+class AcceleratorError(RuntimeError):
+    """Named like torch's."""
+
+
+class Faulter(EnvironmentNoter):
+    """Raises a CUDA fault once the file "fault" is in the events' folder; takes it away first."""
+
+    async def start(self) -> Capabilities:
+        self.context.create_task(self._fault(), name="fault")
+        return await super().start()
+
+    async def _fault(self) -> None:
+        file = self._path.parent / "fault"
+        while not file.exists():  # noqa: ASYNC110 - the test makes it
+            await asyncio.sleep(0.005)
+        file.unlink()
+        raise AcceleratorError("CUDA error: an illegal memory access was encountered")

@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 
+from vlmrt.runtime import gpu_sharing, sweeper
 from vlmrt.runtime.config import Config, ModelOptions, ParallelOptions, ServerOptions, SupervisionOptions
 from vlmrt.runtime.messages import ActorName, Capabilities, Epoch
 from vlmrt.runtime.process_table import Process
@@ -25,16 +26,20 @@ from vlmrt.runtime.topology import ActorKind, ActorSpec, actor_specs
 FAKES = "tests.runtime.fake_actors:"
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 45.0  # a shared machine may be slow; nothing waits that long unless it fails
+FAKE_CLIENT = "import sys; print('ready', flush=True); sys.stdin.read()"  # of the MPS daemon
+NUM_FAKE_GPUS = 2  # where a config says cuda; no fake opens one
 SHARED_MEMORY = Path("/dev/shm")
 
 
-def fake_config(events: Path, *, port: int = 0, tp: int = 1, **supervision: Any) -> Config:
+def fake_config(
+    events: Path, *, port: int = 0, tp: int = 1, parallel: ParallelOptions | None = None, **supervision: Any
+) -> Config:
     """Quick heartbeats; the fakes write their events into this folder."""
     options = {"heartbeat_s": 0.05, "heartbeat_timeout_s": 60.0, "start_timeout_s": 60.0, "shutdown_grace_s": 1.0}
     return Config(
         model=ModelOptions(directory="", served_names=("fake",), chat_template=str(events)),
         server=ServerOptions(port=port),
-        parallel=ParallelOptions(tp=tp),
+        parallel=parallel or ParallelOptions(tp=tp),
         supervision=SupervisionOptions(**{**options, **supervision}),
     )
 
@@ -43,7 +48,8 @@ def fake_specs(config: Config, fakes: dict[ActorKind, str]) -> tuple[ActorSpec, 
     """Only the kinds named, run by these classes of fake_actors.py."""
     factories: dict[ActorKind, str] = dict.fromkeys(("edge", "media", "scheduler", "vit", "llm"), FAKES + "Recorder")
     factories.update({kind: FAKES + fake for kind, fake in fakes.items()})
-    return tuple(spec for spec in actor_specs(config, factories=factories) if spec.kind in fakes)
+    specs = actor_specs(config, num_gpus=NUM_FAKE_GPUS, factories=factories)
+    return tuple(spec for spec in specs if spec.kind in fakes)
 
 
 class RecordingObserver:
@@ -63,6 +69,9 @@ class RecordingObserver:
 
     def restarting(self, actor: ActorName, epoch: Epoch, delay_s: float) -> None:
         self.told.append(("restarting", actor, epoch, delay_s))
+
+    def gpu_sharing(self, how: str) -> None:
+        self.told.append(("sharing", how))
 
     def ready(self, url: str, start_s: float) -> None:
         self.told.append(("ready", url))
@@ -138,6 +147,18 @@ def children_of(pid: int) -> list[psutil.Process]:
     return list(psutil.Process(pid).children(recursive=True))
 
 
+def daemons(run_root: Path) -> list[int]:
+    """Pids of MPS daemons of services whose run directories lie there."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(sweeper.MPS_VARIABLE, "").startswith(str(run_root)):
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return found
+
+
 class LeftBehind:
     """Finds what a service leaves: processes, files in the folder of its run directory, names in /dev/shm."""
 
@@ -197,7 +218,11 @@ class _PrintingObserver(RecordingObserver):
 def main() -> int:
     events = Path(sys.argv[1])
     fakes: Any = dict(argument.split("=") for argument in sys.argv[2:])
-    config = fake_config(events, shutdown_grace_s=100.0)
+    parallel = None
+    if os.environ.get("FAKE_GPUS"):
+        parallel = ParallelOptions(device="cuda", dtype="bfloat16", num_vits=NUM_FAKE_GPUS)
+        gpu_sharing.CLIENT = FAKE_CLIENT
+    config = fake_config(events, parallel=parallel, shutdown_grace_s=100.0)
     return asyncio.run(Supervisor(config, _PrintingObserver(), specs=fake_specs(config, fakes)).run())
 
 

@@ -54,6 +54,11 @@ def test_a_number_of_blocks_is_taken_before_a_size() -> None:
     assert num_blocks(MemoryOptions(num_kv_blocks=5, kv_cache_gib=1.0)) == 5
 
 
+def test_a_restart_takes_what_the_first_start_had() -> None:
+    said = config(MemoryOptions(kv_cache_gib=1.0))
+    assert num_blocks_that_fit(said, TEXT, torch.float32, CPU, at_last_start=7) == 7
+
+
 @pytest.mark.parametrize("tp", [1, 2])
 def test_a_size_is_of_each_rank(tp: int) -> None:
     assert num_blocks(MemoryOptions(kv_cache_gib=0.5), tp=tp) == tp * 2**29 // BLOCK_BYTES

@@ -22,6 +22,7 @@ any_sizes = st.builds(
     max_num_seqs=st.sampled_from((1, 2, 4, 8)),
     max_waiting=st.sampled_from((0, 5, 20)),
     max_num_batched_tokens=st.sampled_from((4, 8, 12, 40)),
+    itl_target_ms=st.sampled_from((None, 0.5, 3.0)),
     tp=st.sampled_from((1, 2)),
     num_vits=st.sampled_from((1, 2)),
     num_media=st.sampled_from((1, 2)),

@@ -68,6 +68,7 @@ class Sizes:
     max_num_seqs: int = 4
     max_waiting: int = 20
     max_num_batched_tokens: int = 12
+    itl_target_ms: float | None = None
     max_model_len: int = 70
     tp: int = 1
     num_vits: int = 2
@@ -122,6 +123,7 @@ class World:
                     max_num_seqs=sizes.max_num_seqs,
                     max_waiting=sizes.max_waiting,
                     max_num_batched_tokens=sizes.max_num_batched_tokens,
+                    itl_target_ms=sizes.itl_target_ms,
                     block_size=sizes.block_size,
                     prefix_caching=sizes.prefix_caching,
                     embedding_caching=sizes.embedding_caching,
