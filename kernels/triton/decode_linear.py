@@ -21,6 +21,7 @@ from torch import Tensor
 MAX_ROWS = 64
 MAX_VECTOR_ROWS = 4
 MAX_SPLITS = tl.constexpr(8)
+MAX_GATHERED = tl.constexpr(1024)  # values of a tile up to which 8 parts of it fit in registers
 VECTOR = tl.constexpr(8)  # 16 bytes of bfloat16, the widest load
 LINE = tl.constexpr(64)  # bfloat16 values of a cache line
 
@@ -124,12 +125,19 @@ def _finish(
         if arrived == num_splits - 1:
             first = tl.zeros((ROWS, TILE_N), tl.float32)
             second = tl.zeros((ROWS, TILE_N), tl.float32)
-            for part in tl.static_range(MAX_SPLITS):
-                at = of_tile + part * (HALVES * SIZE)
-                written = inside & (tl.full((1, 1), part, tl.int32) < num_splits)
-                first += tl.load(at, mask=written, other=0.0, cache_modifier=".cg")
-                if GATED:
-                    second += tl.load(at + SIZE, mask=written, other=0.0, cache_modifier=".cg")
+            if SIZE <= MAX_GATHERED:
+                for part in tl.static_range(MAX_SPLITS):  # all loads in flight at once
+                    at = of_tile + part * (HALVES * SIZE)
+                    written = inside & (tl.full((1, 1), part, tl.int32) < num_splits)
+                    first += tl.load(at, mask=written, other=0.0, cache_modifier=".cg")
+                    if GATED:
+                        second += tl.load(at + SIZE, mask=written, other=0.0, cache_modifier=".cg")
+            else:
+                for part in range(num_splits):
+                    at = of_tile + part * (HALVES * SIZE)
+                    first += tl.load(at, mask=inside, other=0.0, cache_modifier=".cg")
+                    if GATED:
+                        second += tl.load(at + SIZE, mask=inside, other=0.0, cache_modifier=".cg")
             _write(
                 first, second, out, residual, rows, columns, inside, num_columns, residual_stride, GATED, HAS_RESIDUAL
             )
@@ -166,24 +174,24 @@ def vector_kernel(
 ):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    # [ROWS, TILE_N, TILE_K / VECTOR, VECTOR]: with TILE_K = 256 num_warps a thread holds one vector of every row, so
-    # that all operands have one layout and threads exchange sums only once, at the end
-    rows = tl.arange(0, ROWS)[:, None, None, None]
-    in_batch = rows < num_rows
+    # loads are [rows, TILE_K], products [ROWS, TILE_N, TILE_K / VECTOR, VECTOR]: with TILE_K = 256 num_warps a thread
+    # holds one vector of every row, so that all have one layout and threads exchange sums only once, at the end
+    VECTORS: tl.constexpr = TILE_K // VECTOR
+    rows = tl.arange(0, ROWS)
+    in_batch = (rows < num_rows)[:, None]
     columns = tl.minimum(tl.program_id(0) * TILE_N + tl.arange(0, TILE_N), num_columns - 1)
-    offsets_k = tl.arange(0, TILE_K // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    offsets_k = offsets_k[None, None, :, :]
+    offsets_k = tl.arange(0, TILE_K)
     k_per_split = tl.cdiv(tl.cdiv(K, TILE_K), num_splits) * TILE_K
     k_begin = tl.program_id(1) * k_per_split
     k_end = tl.minimum(k_begin + k_per_split, K)
 
-    of_weight = weight + columns.to(tl.int64)[None, :, None, None] * K + offsets_k
+    of_weight = weight + columns.to(tl.int64)[:, None] * K + offsets_k[None, :]
     of_up = of_weight + num_columns.to(tl.int64) * K
     if PREFETCH_K:
         _prefetch(weight, columns, K, k_begin, k_end, TILE_N, PREFETCH_K)
         if GATED:
             _prefetch(weight + num_columns.to(tl.int64) * K, columns, K, k_begin, k_end, TILE_N, PREFETCH_K)
-    inside = k_begin + offsets_k < k_end
+    inside = (k_begin + offsets_k < k_end)[None, :]
     w = tl.load(of_weight + k_begin, mask=inside, other=0.0, eviction_policy="evict_first")
     up = w
     if GATED:
@@ -191,15 +199,15 @@ def vector_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
 
-    of_x = x + rows * x_stride + offsets_k
+    of_x = x + rows[:, None] * x_stride + offsets_k[None, :]
     chunk = tl.load(of_x + k_begin, mask=inside & in_batch, other=0.0)
     if HAS_NORM:
-        inverse_rms = _inverse_rms(x, num_rows, K, x_stride, eps, ROWS, TILE_K)[:, None, None, None]
-    sums = tl.zeros((ROWS, TILE_N, TILE_K // VECTOR), tl.float32)
-    up_sums = tl.zeros((ROWS, TILE_N, TILE_K // VECTOR), tl.float32)
+        inverse_rms = _inverse_rms(x, num_rows, K, x_stride, eps, ROWS, TILE_K)[:, None]
+    sums = tl.zeros((ROWS, TILE_N, VECTORS), tl.float32)
+    up_sums = tl.zeros((ROWS, TILE_N, VECTORS), tl.float32)
     for k in range(k_begin, k_end, TILE_K):
         k_next = k + TILE_K
-        inside_next = k_next + offsets_k < k_end
+        inside_next = (k_next + offsets_k < k_end)[None, :]
         w_next = tl.load(of_weight + k_next, mask=inside_next, other=0.0, eviction_policy="evict_first")
         up_next = w_next
         if GATED:
@@ -208,10 +216,11 @@ def vector_kernel(
         values = chunk.to(tl.float32)
         if HAS_NORM:
             scale = tl.load(norm_weight + k + offsets_k, mask=k + offsets_k < k_end, other=0.0).to(tl.float32)
-            values = (values * inverse_rms * scale).to(chunk.dtype).to(tl.float32)
-        sums += tl.sum(values * w.to(tl.float32), axis=3)
+            values = (values * inverse_rms * scale[None, :]).to(chunk.dtype).to(tl.float32)
+        values = tl.reshape(values, (ROWS, 1, VECTORS, VECTOR))
+        sums += tl.sum(values * tl.reshape(w.to(tl.float32), (1, TILE_N, VECTORS, VECTOR)), axis=3)
         if GATED:
-            up_sums += tl.sum(values * up.to(tl.float32), axis=3)
+            up_sums += tl.sum(values * tl.reshape(up.to(tl.float32), (1, TILE_N, VECTORS, VECTOR)), axis=3)
         w = w_next
         up = up_next
         chunk = chunk_next
