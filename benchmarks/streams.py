@@ -16,7 +16,6 @@ import json
 import os
 import shlex
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from typing import Any, NamedTuple
 
 import aiohttp
 
+from benchmarks.server import free_port
 from tests.pictures import encode, noise
 from vlmrt.tools import demo
 
@@ -39,13 +39,6 @@ class Run(NamedTuple):
     tokens_per_s: float
     ttft_p50_ms: float
     itl_p50_ms: float
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def body(index: int, num_tokens: int) -> dict[str, Any]:

@@ -160,6 +160,11 @@ def paged_attention(
 
     Shapes: q [T, Hq, D], k_cache and v_cache [num_blocks, block_size, Hkv, D], Hkv dividing Hq -> [T, Hq, D], same
     dtype. sliding_window limits a query to that many latest tokens, its own included. Rows of q past the batch's
-    query tokens are padding and come back as zeros.
+    query tokens are padding and come back as zeros. On a GPU nothing is read from the device: the lengths may change
+    between replays of a captured call.
     """
+    if q.device.type == "cuda":
+        from vlmrt.kernels.triton.paged_attention import paged_attention_triton
+
+        return paged_attention_triton(q, k_cache, v_cache, batch, scale, sliding_window)
     return paged_attention_reference(q, k_cache, v_cache, batch, scale, sliding_window)

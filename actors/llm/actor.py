@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, assert_never
@@ -33,6 +34,8 @@ from vlmrt.runtime.slab import open_slab
 SCHEDULER = ActorName("scheduler:0")
 MAX_QUEUED = 64  # pieces of work in the thread's queue: a scheduler plans one step ahead, the rest are slabs
 MAX_WATCH_INTERVAL_S = 1.0
+# The step thread computes in Python for milliseconds while the loop has a result to send; Python's default is 5 ms.
+SWITCH_INTERVAL_S = 0.0005
 
 LoadRank = Callable[[ActorContext], Rank[Any]]
 
@@ -56,6 +59,7 @@ class LlmActor:
 
     async def start(self) -> LlmReady:
         loop = asyncio.get_running_loop()
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
 
         def finished(epoch: Epoch, work: Work, result: StepResult | None) -> None:
             loop.call_soon_threadsafe(self._finished, epoch, work, result)

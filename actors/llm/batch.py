@@ -32,12 +32,14 @@ class HostBatch:
     slot_mapping: Ints  # [T]
     cu_seqlens: NDArray[np.int32]  # [S + 1]
     context_lens: NDArray[np.int32]  # [S]
+    slots: Ints  # [S]
     block_tables: NDArray[np.int32]  # [S, most blocks of any sequence]
-    num_decodes: int
+    num_decodes: int  # leading rows that run the last token sampled for their slot, and sample the next
     query_lens: tuple[int, ...]
     context_lens_host: tuple[int, ...]
     unknown_positions: Ints  # tokens sampled by a step that has not ended: the device has them, by slot
     unknown_slots: Ints
+    sample_sequences: Ints  # [R] index of each sequence that samples
     sample_positions: Ints  # [R] index of the last token of each row that samples
     sample_slots: Ints  # [R]
     sample_admissions: Ints  # [R]
@@ -82,19 +84,24 @@ def build_batch(plan: StepPlan, slots: Slots, merge_size: int) -> HostBatch:
     unknown = np.flatnonzero(index >= slots.num_known[slot_of])
     sampled = np.flatnonzero(samples)
     sample_slots = slot[sampled]
-    several = np.flatnonzero(count != 1)
+    admitted = {sequence.slot for sequence in plan.admit}
+    is_decode = [
+        row.num_tokens == 1 and row.sample and not row.embeds and row.slot not in admitted for row in plan.rows
+    ]
     batch = HostBatch(
         token_ids=slots.token_ids[slot_of, index],
         positions=_positions(plan.rows, slots, slot, slot_of, index, start, cu_seqlens, merge_size),
         slot_mapping=block.astype(np.int64) * slots.block_size + index % slots.block_size,
         cu_seqlens=cu_seqlens.astype(np.int32),
         context_lens=stop.astype(np.int32),
+        slots=slot,
         block_tables=slots.block_table[slot, :num_blocks],
-        num_decodes=int(several[0]) if len(several) else len(slot),
+        num_decodes=is_decode.index(False) if False in is_decode else len(slot),
         query_lens=tuple(count.tolist()),
         context_lens_host=tuple(stop.tolist()),
         unknown_positions=unknown,
         unknown_slots=slot_of[unknown],
+        sample_sequences=sampled,
         sample_positions=cu_seqlens[1:][sampled] - 1,
         sample_slots=sample_slots,
         sample_admissions=slots.admissions[sample_slots],

@@ -22,12 +22,14 @@ def block_bytes(text: TextConfig, tp: int, block_size: int, dtype: torch.dtype) 
     return 2 * text.num_layers * block_size * (text.num_kv_heads // tp) * text.head_dim * dtype.itemsize
 
 
-def num_blocks_that_fit(config: Config, text: TextConfig, dtype: torch.dtype, device: torch.device) -> int:
+def num_blocks_that_fit(
+    config: Config, text: TextConfig, dtype: torch.dtype, device: torch.device, reserved_bytes: int = 0
+) -> int:
     """Blocks of this rank's cache: as configured, else by the memory there is.
 
     On a CPU: what max_num_seqs sequences of max_model_len tokens can use, within 1 GiB unless one sequence alone
-    needs more.  On a GPU: what gpu_memory_fraction leaves when everything else is loaded; call it after a largest step
-    has run, so that the step's workspace is counted.
+    needs more.  On a GPU: what gpu_memory_fraction leaves when everything else is loaded, less reserved_bytes; call
+    it after a largest step has run, so that the step's workspace is counted.
     Raises: StartupError if not even one block fits.
     """
     size = block_bytes(text, config.parallel.tp, config.scheduling.block_size, dtype)
@@ -43,7 +45,7 @@ def num_blocks_that_fit(config: Config, text: TextConfig, dtype: torch.dtype, de
         num_blocks, said = min(most, max(per_sequence, MAX_DEFAULT_CPU_BYTES // size)), "memory"
     else:
         free, total = torch.cuda.mem_get_info(device)
-        num_blocks = int(free - (1.0 - config.memory.gpu_memory_fraction) * total) // size
+        num_blocks = int(free - reserved_bytes - (1.0 - config.memory.gpu_memory_fraction) * total) // size
         said = f"--gpu-memory-fraction {config.memory.gpu_memory_fraction:g} with {free / GIB:.2f} GiB free"
     if num_blocks < 1:
         raise StartupError(f"{said}: too little for the KV cache, one block of which takes {size / GIB:.4f} GiB")

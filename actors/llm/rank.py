@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from vlmrt.actors.llm.kv_cache import allocate, num_blocks_that_fit
 from vlmrt.actors.llm.process_group import RankGroup, join_group
 from vlmrt.actors.llm.runner import PendingStep, Runner
 from vlmrt.actors.llm.slots import Slots
+from vlmrt.actors.llm.step_graphs import HIGHEST_PRIORITY, step_shapes
 from vlmrt.actors.llm.step_thread import OpenedSlab
 from vlmrt.actors.models.checkpoint_files import check_weight_files
 from vlmrt.actors.models.config import CheckpointError, ModelConfig
@@ -33,6 +35,7 @@ from vlmrt.runtime.messages import (
 )
 
 CPU_WARM_UP_TOKENS = 16
+GRAPHS_PER_LARGEST = 1.5  # memory of all recorded steps against that of the largest, whose memory the others share
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,8 @@ def load_rank(context: ActorContext) -> LoadedRank:
         torch.set_num_threads(config.parallel.llm_threads)
     else:
         torch.cuda.set_device(device)
+        # Where a vision tower shares the GPU, this stream's blocks are placed first.
+        torch.cuda.set_stream(torch.cuda.Stream(device, priority=HIGHEST_PRIORITY))  # type: ignore[no-untyped-call]
     try:
         model_config = load_model_config(Path(config.model.directory))
         check_tensor_parallel(model_config, config.parallel.tp)
@@ -102,21 +107,25 @@ def load_rank(context: ActorContext) -> LoadedRank:
         raise StartupError(str(error)) from None
     group.wait_for_all("loaded", config.supervision.start_timeout_s)
     with torch.inference_mode():
+        reserved_bytes = 0
         if device.type != "cpu":
-            _run_largest_step(config, model_config, model, device, dtype)
-        num_blocks = group.smallest(num_blocks_that_fit(config, model_config.text, dtype, device))
+            reserved_bytes = _workspace_bytes(config, model_config, model, device, dtype)
+        num_blocks = group.smallest(num_blocks_that_fit(config, model_config.text, dtype, device, reserved_bytes))
         kv = allocate(num_blocks, config.scheduling.block_size, model_config.text, config.parallel.tp, dtype, device)
         slots = Slots(config.scheduling.max_num_seqs, config.model.max_model_len, config.scheduling.block_size)
         threads = CpuThreads(model, config.parallel.llm_threads) if device.type == "cpu" else None
         runner = Runner(model, kv, slots, model_config.vision.spatial_merge_size, device, threads)
+        if device.type != "cpu":
+            context.progress("recording steps", 0, 1)
+            runner.record(step_shapes(config.scheduling.max_num_seqs, config.scheduling.max_num_batched_tokens))
         _warm_up(runner, 1, CPU_WARM_UP_TOKENS, num_blocks, config)
     return LoadedRank(num_blocks, group, runner)
 
 
-def _run_largest_step(
+def _workspace_bytes(
     config: Config, model_config: ModelConfig, model: LanguageModel, device: torch.device, dtype: torch.dtype
-) -> None:
-    """Let torch's allocator keep the workspace of the largest step, so that what is free then is free for blocks."""
+) -> int:
+    """Device memory that steps take beside weights and KV cache, seen by running and recording the largest."""
     block_size = config.scheduling.block_size
     num_seqs = config.scheduling.max_num_seqs
     num_tokens = min(config.model.max_model_len, -(-config.scheduling.max_num_batched_tokens // num_seqs))
@@ -124,7 +133,17 @@ def _run_largest_step(
     kv = allocate(num_blocks, block_size, model_config.text, config.parallel.tp, dtype, device)
     slots = Slots(num_seqs, config.model.max_model_len, block_size)
     runner = Runner(model, kv, slots, model_config.vision.spatial_merge_size, device)
+    free, _ = torch.cuda.mem_get_info(device)
     _warm_up(runner, num_seqs, num_tokens, num_blocks, config)
+    free_after_step, _ = torch.cuda.mem_get_info(device)
+    runner.record(
+        [max(step_shapes(num_seqs, config.scheduling.max_num_batched_tokens), key=lambda shape: shape.num_all_tokens)]
+    )
+    free_after_record, _ = torch.cuda.mem_get_info(device)
+    del runner, kv
+    gc.collect()
+    torch.cuda.empty_cache()
+    return free - free_after_step + int(GRAPHS_PER_LARGEST * (free_after_step - free_after_record))
 
 
 def _warm_up(runner: Runner, num_seqs: int, num_tokens: int, num_blocks: int, config: Config) -> None:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vlmrt.actors.llm.batch import HostBatch, MergePart, build_batch
+from vlmrt.actors.llm.batch import HostBatch, Ints, MergePart, build_batch
 from vlmrt.actors.llm.cpu_threads import CpuThreads
 from vlmrt.actors.llm.kv_cache import KvCache
 from vlmrt.actors.llm.sampler import Sampler
 from vlmrt.actors.llm.slots import PlanError, Slots
-from vlmrt.actors.llm.transfer import to_device
+from vlmrt.actors.llm.step_graphs import Recorded, StepGraphs, StepShape
+from vlmrt.actors.llm.transfer import all_to_device, to_device
 from vlmrt.actors.models.qwen2_vl.language import LanguageModel
 from vlmrt.kernels.embed_merge import embed_merge
 from vlmrt.kernels.paged_attention import PagedBatch
@@ -55,7 +56,14 @@ class Runner:
         self._merge_size = merge_size
         self._device = device
         self._sampler = Sampler(slots, model.config.vocab_size, device)
+        self._graphs: StepGraphs | None = None
         self._slabs: dict[SlabKey, EmbeddingSlab] = {}
+
+    def record(self, shapes: Sequence[StepShape]) -> None:
+        """Record steps of these shapes on a GPU, while no sequence is in a slot."""
+        with torch.inference_mode():
+            columns = self._slots.block_table.shape[1]
+            self._graphs = StepGraphs(self._model, self._kv, self._sampler.last_tokens, columns, shapes)
 
     def attach(self, key: SlabKey, slab: EmbeddingSlab) -> None:
         """Take rows from this slab for slices that name it; the runner closes it."""
@@ -81,12 +89,12 @@ class Runner:
         """
         started_s = time.perf_counter()
         batch = build_batch(plan, self._slots, self._merge_size)
-        for sequence in plan.admit:
-            self._sampler.admit(sequence.slot)
         if self._cpu_threads is not None:
             self._cpu_threads.set_for(batch.num_tokens)
         with torch.inference_mode():
-            token_ids = self._forward(batch) if batch.num_tokens else torch.zeros(0, dtype=torch.int64)
+            for sequence in plan.admit:
+                self._sampler.admit(sequence.slot)
+            token_ids = self._run(batch)
             done = None
             if self._device.type != "cpu":
                 token_ids = token_ids.to("cpu", non_blocking=True)
@@ -106,23 +114,69 @@ class Runner:
         duration_ms = (time.perf_counter() - pending.started_s) * 1e3
         return StepResult(pending.step, tuple(token_ids.tolist()), duration_ms)
 
-    def _forward(self, batch: HostBatch) -> Tensor:
-        token_ids = to_device(batch.token_ids, self._device)
-        if len(batch.unknown_positions):
-            unknown = self._sampler.last_tokens[to_device(batch.unknown_slots, self._device)]
-            token_ids.index_copy_(0, to_device(batch.unknown_positions, self._device), unknown)
-        hidden = self._model.embed(token_ids)
-        if batch.merges:
-            self._merge(hidden, batch.merges)
-        cos, sin = self._model.rotary(to_device(batch.positions, self._device))
-        hidden = self._model.forward(hidden, cos, sin, self._kv, self._paged(batch))
-        if not len(batch.sample_positions):
-            return token_ids[:0]
-        sampled = hidden.index_select(0, to_device(batch.sample_positions, self._device))
-        return self._sampler.sample(self._model.logits(sampled), batch)
+    def _run(self, batch: HostBatch) -> Tensor:
+        """Sampled tokens of a batch, int64 [R] on the device."""
+        recorded = None if self._graphs is None else self._graphs.find(batch)
+        if self._graphs is None or recorded is None:
+            logits = self._logits(batch)
+        else:
+            logits = self._replay(self._graphs, recorded, batch)
+        if not len(batch.sample_sequences):
+            return torch.zeros(0, dtype=torch.int64)
+        return self._sampler.sample(logits, batch)
 
-    def _merge(self, hidden: Tensor, merges: Sequence[MergePart]) -> None:
-        """Image rows over the placeholders' embeddings, slab by slab."""
+    def _replay(self, graphs: StepGraphs, recorded: Recorded, batch: HostBatch) -> Tensor:
+        """Logits of the rows that sample, from a recorded step: float32 [R, vocab_size]."""
+        for rows, positions in self._images(batch.merges):
+            graphs.put_images(rows, to_device(recorded.places(positions, batch), self._device))
+        graphs.run(recorded, batch)
+        if batch.num_decodes == len(batch.sample_sequences) == len(batch.query_lens):
+            return recorded.logits[: batch.num_decodes]
+        return recorded.logits.index_select(0, to_device(recorded.places(batch.sample_sequences, batch), self._device))
+
+    def _logits(self, batch: HostBatch) -> Tensor:
+        """Logits of the rows that sample, of a batch of any shape: float32 [R, vocab_size]."""
+        hidden = self._forward(batch)
+        if not len(batch.sample_positions):
+            return hidden
+        return self._model.logits(hidden.index_select(0, to_device(batch.sample_positions, self._device)))
+
+    def _forward(self, batch: HostBatch) -> Tensor:
+        """Hidden states [T, H] of a batch of any shape."""
+        token_ids, positions, slot_mapping, cu_seqlens, context_lens, block_tables, slots = all_to_device(
+            (
+                batch.token_ids,
+                batch.positions,
+                batch.slot_mapping,
+                batch.cu_seqlens,
+                batch.context_lens,
+                batch.block_tables,
+                batch.slots,
+            ),
+            self._device,
+        )
+        if len(batch.unknown_positions):
+            places, unknown_slots = all_to_device((batch.unknown_positions, batch.unknown_slots), self._device)
+            token_ids.index_copy_(0, places, self._sampler.last_tokens[unknown_slots])
+        if self._graphs is not None:
+            self._graphs.put_blocks(slots, block_tables)
+        hidden = self._model.embed(token_ids)
+        for rows, image_positions in self._images(batch.merges):
+            embed_merge(hidden, rows, to_device(image_positions, self._device))
+        cos, sin = self._model.rotary(positions)
+        paged = PagedBatch(
+            cu_seqlens=cu_seqlens,
+            context_lens=context_lens,
+            block_tables=block_tables,
+            slot_mapping=slot_mapping,
+            num_decodes=batch.num_decodes,
+            query_lens=batch.query_lens,
+            context_lens_host=batch.context_lens_host,
+        )
+        return self._model.forward(hidden, cos, sin, self._kv, paged)
+
+    def _images(self, merges: Sequence[MergePart]) -> Iterator[tuple[Tensor, Ints]]:
+        """(image rows [R, H], positions of their placeholders among the step's tokens), slab by slab."""
         by_slab: dict[SlabKey, list[MergePart]] = {}
         for part in merges:
             by_slab.setdefault((part.source.vit, part.source.epoch), []).append(part)
@@ -133,15 +187,4 @@ class Runner:
             rows = [row_index(p.source.pages, p.source.first_row, p.source.num_rows, slab.page_rows) for p in parts]
             positions = [np.arange(p.first_position, p.first_position + p.source.num_rows) for p in parts]
             source = slab.tensor().index_select(0, to_device(np.concatenate(rows), self._device))
-            embed_merge(hidden, source, to_device(np.concatenate(positions), self._device))
-
-    def _paged(self, batch: HostBatch) -> PagedBatch:
-        return PagedBatch(
-            cu_seqlens=to_device(batch.cu_seqlens, self._device),
-            context_lens=to_device(batch.context_lens, self._device),
-            block_tables=to_device(batch.block_tables, self._device),
-            slot_mapping=to_device(batch.slot_mapping, self._device),
-            num_decodes=batch.num_decodes,
-            query_lens=batch.query_lens,
-            context_lens_host=batch.context_lens_host,
-        )
+            yield source, np.concatenate(positions)

@@ -15,16 +15,16 @@ from vlmrt.kernels.sampling import SamplingBatch, sample
 class Sampler:
     """The sampled tokens of all slots, on the device.
 
-    last_tokens [num_slots] lets the next step start before the host has seen this one's tokens.  prompt_mask and
-    output_counts [num_slots, vocab_size] exist from the first request with a penalty on; a row is right for as long as
-    its slot holds such a request, and unread otherwise.
+    last_tokens [num_slots + 1], the last one nobody's, lets the next step start before the host has seen this one's
+    tokens.  prompt_mask and output_counts [num_slots, vocab_size] exist from the first request with a penalty on; a row
+    is right for as long as its slot holds such a request, and unread otherwise.
     """
 
     def __init__(self, slots: Slots, vocab_size: int, device: torch.device) -> None:
         self._slots = slots
         self._vocab_size = vocab_size
         self._device = device
-        self.last_tokens = torch.zeros(len(slots), dtype=torch.int64, device=device)
+        self.last_tokens = torch.zeros(len(slots) + 1, dtype=torch.int64, device=device)
         self._prompt_mask: Tensor | None = None
         self._output_counts: Tensor | None = None
 

@@ -51,7 +51,7 @@ def test_decode_rows_and_chunks_are_laid_out_in_plan_order() -> None:
     assert batch.cu_seqlens.tolist() == [0, 1, 2, 7]
     assert batch.context_lens.tolist() == list(batch.context_lens_host) == [6, 3, 7]
     assert batch.query_lens == (1, 1, 5)
-    assert batch.num_decodes == 2
+    assert batch.num_decodes == 0  # all three have only now entered their slots
     assert [table[:count].tolist() for table, count in zip(batch.block_tables, (2, 1, 2), strict=True)] == [
         [7, 3],
         [1],
@@ -72,6 +72,7 @@ def test_a_token_that_is_still_on_its_way_is_taken_from_its_slot() -> None:
     slots.learn(second.sample_slots, second.sample_admissions, np.array([7, 43]))
     third = build_batch(StepPlan(3, (), (), (StepRow(2, 5, 1, (), True),)), slots, 2)
     assert third.token_ids.tolist() == [43]
+    assert (first.num_decodes, second.num_decodes, third.num_decodes) == (0, 0, 1)
     assert third.output_positions.tolist() == [2]
     with pytest.raises(PlanError):  # two steps ahead: nobody has that token
         build_batch(StepPlan(4, (), (), (StepRow(2, 7, 1, (), True),)), slots, 2)

@@ -15,6 +15,7 @@ from tests.actors.llm.rank_process import NUM_STEPS, plans, until_run
 from tests.actors.llm.test_runner import GRIDS
 from tests.support import FakeContext, make_config, peer_up
 from vlmrt.actors.llm.actor import LlmActor
+from vlmrt.actors.llm.step_graphs import StepShape
 from vlmrt.actors.models.checkpoint_files import check_weight_files
 from vlmrt.actors.models.layers import TensorParallel
 from vlmrt.actors.models.registry import family
@@ -31,7 +32,12 @@ def _memory_of_other_tests_is_free() -> None:
     torch.cuda.empty_cache()
 
 
-def test_steps_launched_ahead_give_the_reference_s_tokens(checkpoint: Checkpoint) -> None:
+@pytest.mark.parametrize(
+    "shapes", [(), (StepShape(1), StepShape(2), StepShape(4)), (StepShape(2), StepShape(3, 4, 2), StepShape(4, 8, 2))]
+)
+def test_steps_launched_ahead_give_the_reference_s_tokens(
+    checkpoint: Checkpoint, shapes: tuple[StepShape, ...]
+) -> None:
     device = "cuda:0"
     model = family(checkpoint.config.model_type).load_language(
         check_weight_files(checkpoint.directory),
@@ -41,7 +47,10 @@ def test_steps_launched_ahead_give_the_reference_s_tokens(checkpoint: Checkpoint
         torch.float32,
     )
     slab = FakeSlab(64, PAGE_ROWS, checkpoint.config.text.hidden_size, device)
-    driver = Driver(make_runner(model, checkpoint.config, TensorParallel(), slab, device))
+    runner = make_runner(model, checkpoint.config, TensorParallel(), slab, device)
+    if shapes:
+        runner.record(shapes)
+    driver = Driver(runner)
     pairs = [checkpoint.prompt(10 + seed, 11 + seed, grids, slab) for seed, grids in enumerate(GRIDS)]
     running: list[Request] = []
     for request, _ in pairs:

@@ -1,0 +1,174 @@
+"""The workloads of benchmarks/serve.py: what is sent, and which figures come of it."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from benchmarks.client import Ask, Client, Load, Replies, Reply
+from benchmarks.figures import Figures, itl_figures, span_s, stall_figures, ttft_figures
+from benchmarks.images import Picture
+
+VGA = (640, 480)
+LARGE = (1280, 960)
+TEXT = "Write a long story about a river, a town and the people who live there."
+QUESTION = "Compare these pictures and describe what you see in each of them."
+NUM_CLIENTS = 10
+BURST_PERIOD_S = 0.5
+QUIET_S = 1.5  # text streams alone, before the first image arrives
+
+
+class Scale(NamedTuple):
+    """How much of a workload is run. 1: what the published figures are of."""
+
+    factor: float = 1.0
+
+    def __call__(self, count: int) -> int:
+        return max(1, math.ceil(count * self.factor))
+
+
+class Workload(NamedTuple):
+    """One row group of the table."""
+
+    name: str
+    says: str
+    load: Callable[[Scale, int], Load]  # (scale, seed) -> what is measured
+    warm_up: Callable[[Scale, int], Load]  # the same shapes, less of them
+    figures: Callable[[Replies], Figures]
+
+
+def picture(size: tuple[int, int], *seed: int | str) -> Picture:
+    numbers = (zlib.crc32(part.encode()) if isinstance(part, str) else part for part in seed)
+    return Picture(*size, seed=tuple(numbers))
+
+
+def closed_loop(asks: Sequence[Ask], num_clients: int) -> Load:
+    """Requests dealt to clients that send one after the other."""
+    clients: list[Client] = [tuple(asks[index::num_clients]) for index in range(num_clients)]
+    return Load(tuple(client for client in clients if client))
+
+
+def text_stream(num_tokens: int) -> Callable[[Scale, int], Load]:
+    def load(scale: Scale, seed: int) -> Load:
+        return closed_loop([Ask(f"{TEXT} ({seed})", max(8, scale(num_tokens)))], 1)
+
+    return load
+
+
+def pictures_loop(
+    name: str, num_requests: int, num_pictures: int, num_tokens: int, *, fresh: bool
+) -> Callable[[Scale, int], Load]:
+    """10 clients that send pictures and a question."""
+
+    def load(scale: Scale, seed: int) -> Load:
+        def ask(request: int) -> Ask:
+            chosen = (picture(VGA, seed, name, request if fresh else 0, index) for index in range(num_pictures))
+            return Ask(QUESTION, max(4, scale(num_tokens)), tuple(chosen))
+
+        return closed_loop([ask(request) for request in range(scale(num_requests))], NUM_CLIENTS)
+
+    return load
+
+
+def burst(name: str, num_requests: int) -> Callable[[Scale, int], Load]:
+    """Requests of one fresh picture each, all at once."""
+
+    def load(scale: Scale, seed: int) -> Load:
+        asks = [Ask(QUESTION, 16, (picture(VGA, seed, name, request),)) for request in range(scale(num_requests))]
+        return closed_loop(asks, len(asks))
+
+    return load
+
+
+def stall(name: str, num_bursts: int) -> Callable[[Scale, int], Load]:
+    """8 text streams, and bursts of 8 requests of one large picture each beside them."""
+
+    def load(scale: Scale, seed: int) -> Load:
+        asks = [
+            Ask(QUESTION, 16, (picture(LARGE, seed, name, number, index),), QUIET_S + number * BURST_PERIOD_S)
+            for number in range(num_bursts)
+            for index in range(scale(8))
+        ]
+        streams = tuple(Ask(f"{TEXT} ({seed}, {index})", None) for index in range(scale(8)))
+        return closed_loop(asks, len(asks))._replace(streams=streams)
+
+    return load
+
+
+def _answered(replies: Sequence[Reply]) -> list[Reply]:
+    return [reply for reply in replies if reply.error is None and reply.times_s]
+
+
+def stream_rate(replies: Replies) -> Figures:
+    answered = _answered(replies.clients)
+    num_tokens = sum(reply.num_tokens[-1] for reply in answered)
+    return {**itl_figures(answered), "tokens_per_s": num_tokens / span_s(answered), **ttft_figures(answered)}
+
+
+def request_rate(replies: Replies) -> Figures:
+    answered = _answered(replies.clients)
+    return {"requests_per_s": len(answered) / span_s(answered), **itl_figures(answered), **ttft_figures(answered)}
+
+
+def image_rate(num_pictures: int) -> Callable[[Replies], Figures]:
+    def figures(replies: Replies) -> Figures:
+        answered = _answered(replies.clients)
+        rate = num_pictures * len(answered) / span_s(answered)
+        return {"images_per_s": rate, **ttft_figures(answered), **itl_figures(answered)}
+
+    return figures
+
+
+def stalls(replies: Replies) -> Figures:
+    return stall_figures(_answered(replies.streams), _answered(replies.clients))
+
+
+def figures_of(workload: Workload, replies: Replies) -> Figures:
+    """No figures where no request was answered, and none that had nothing to be taken from."""
+    if not all(_answered(group) for group in replies if group):
+        return {}
+    return {name: value for name, value in workload.figures(replies).items() if math.isfinite(value)}
+
+
+WORKLOADS = (
+    Workload("text-stream", "one text stream, 512 tokens out", text_stream(512), text_stream(64), stream_rate),
+    Workload(
+        "two-images-same",
+        "10 clients, 100 requests of the same two 640x480 images, 256 tokens out",
+        pictures_loop("same", 100, 2, 256, fresh=False),
+        pictures_loop("same", 10, 2, 32, fresh=False),
+        request_rate,
+    ),
+    Workload(
+        "two-images-fresh",
+        "10 clients, 100 requests of two fresh 640x480 images each, 256 tokens out",
+        pictures_loop("fresh", 100, 2, 256, fresh=True),
+        pictures_loop("fresh", 10, 2, 32, fresh=True),
+        request_rate,
+    ),
+    Workload(
+        "burst",
+        "100 requests at once, one fresh 640x480 image each, 16 tokens out",
+        burst("burst", 100),
+        burst("burst", 20),
+        image_rate(1),
+    ),
+    Workload(
+        "eight-images",
+        "10 clients, 25 requests of eight fresh 640x480 images each, 256 tokens out",
+        pictures_loop("eight", 25, 8, 256, fresh=True),
+        pictures_loop("eight", 10, 8, 16, fresh=True),
+        image_rate(8),
+    ),
+    Workload(
+        "stall",
+        "8 text streams while 4 bursts of 8 requests arrive, one fresh 1280x960 image each, 0.5 s apart",
+        stall("stall", 4),
+        stall("stall", 1),
+        stalls,
+    ),
+)
+START = "start"  # the launch itself
+NAMES = (START, *(workload.name for workload in WORKLOADS))
