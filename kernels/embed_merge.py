@@ -13,6 +13,7 @@ def embed_merge(hidden: Tensor, rows: Tensor, positions: Tensor) -> None:
     """Overwrite hidden[positions[i]] with rows[i], in place.
 
     Shapes: hidden [T, H], rows [R, H], positions int64 [R], no position twice. rows are cast to hidden's dtype.
+    hidden's columns lie side by side.
     Raises: ValueError if the numbers of rows and positions, or the widths, differ.
     """
     if rows.shape != (positions.shape[0], hidden.shape[1]):
@@ -20,4 +21,9 @@ def embed_merge(hidden: Tensor, rows: Tensor, positions: Tensor) -> None:
             f"rows have shape {list(rows.shape)}, expected {[positions.shape[0], hidden.shape[1]]}: "
             "one row of hidden's width per position"
         )
-    hidden.index_copy_(0, positions, rows.to(hidden.dtype))
+    if hidden.device.type == "cuda":
+        from vlmrt.kernels.triton.embed_merge import embed_merge_triton
+
+        embed_merge_triton(hidden, rows, positions)
+    else:
+        hidden.index_copy_(0, positions, rows.to(hidden.dtype))

@@ -37,7 +37,7 @@ def normalised_values(processing: PatchRules) -> Tensor:
 
 
 def patchify_reference(pixels: Tensor, processing: PatchRules, values: Tensor) -> Tensor:
-    """The patches of one image or clip; values is normalised_values on the device of pixels."""
+    """The patches of one image or clip; values is normalised_values, or what they round to."""
     frames, height, width, channels = pixels.shape
     patch, tps, merge = processing.patch_size, processing.temporal_patch_size, processing.merge_size
     missing = -frames % tps
@@ -56,13 +56,13 @@ def patchify_reference(pixels: Tensor, processing: PatchRules, values: Tensor) -
     return values.index_select(0, index.view(-1)).view(-1, channels * tps * patch * patch)
 
 
-def patchify(pixels: Sequence[Tensor], processing: PatchRules) -> Tensor:
+def patchify(pixels: Sequence[Tensor], processing: PatchRules, dtype: torch.dtype = torch.float32) -> Tensor:
     """Normalised patches of images and clips, in the order the vision towers read them.
 
-    Shapes: each of pixels uint8 [t, h, w, 3], already resized, on one device -> float32
-    [num_patches, 3 * temporal_patch_size * patch_size**2]: images one after the other; in each, temporal groups,
-    then merge blocks by row and column, then the patches of a block. A frame count that is not a multiple of
-    temporal_patch_size is filled up with the last frame.
+    Shapes: each of pixels uint8 [t, h, w, 3], already resized, on one device ->
+    [num_patches, 3 * temporal_patch_size * patch_size**2] of dtype, the float32 values rounded once: images one after
+    the other; in each, temporal groups, then merge blocks by row and column, then the patches of a block. A frame
+    count that is not a multiple of temporal_patch_size is filled up with the last frame.
     Raises: ValueError if a tensor is not uint8 [t, h, w, 3] with h and w multiples of patch_size * merge_size.
     """
     block = processing.patch_size * processing.merge_size
@@ -73,6 +73,13 @@ def patchify(pixels: Sequence[Tensor], processing: PatchRules) -> Tensor:
             raise ValueError(f"pixels have shape {list(image.shape)}, height and width must be multiples of {block}")
     if not pixels:
         raise ValueError("patchify was given no image")
-    values = normalised_values(processing).to(pixels[0].device)
+    values = normalised_values(processing)
+    if pixels[0].device.type == "cuda":
+        from vlmrt.kernels.triton.patchify import patchify_triton
+
+        values = values.pin_memory().to(pixels[0].device, non_blocking=True)
+        rules = (processing.patch_size, processing.temporal_patch_size, processing.merge_size)
+        return patchify_triton(pixels, values, *rules, dtype)
+    values = values.to(dtype)
     patches = [patchify_reference(image, processing, values) for image in pixels]
     return patches[0] if len(patches) == 1 else torch.cat(patches)

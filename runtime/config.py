@@ -68,7 +68,8 @@ class ParallelOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_edges: int = 1
     llm_threads: int = 1  # torch threads of one rank
     vit_threads: int = 1
-    max_patches_per_batch: int = 16384  # of one ViT forward
+    max_patches_per_batch: int = 8192  # of one ViT forward: fills a GPU; twice as many make the first image wait
+    vit_quantum_ms: float = 8.0  # of tower work that a GPU is given at once
 
 
 class SupervisionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -63,6 +63,14 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
     )
     place.add_argument("--vit-threads", type=positive_int, default=1, metavar="N", help="CPU threads of a ViT")
 
+    place.add_argument(
+        "--vit-quantum-ms",
+        type=positive_float,
+        default=8.0,
+        metavar="MS",
+        help="vision work that a GPU is given at once; less leaves more gaps for decoding",
+    )
+
     memory = parser.add_argument_group("memory")
     memory.add_argument("--kv-cache-gib", type=positive_float, metavar="GIB", help="per rank; default: what is free")
     memory.add_argument("--num-kv-blocks", type=positive_int, metavar="N", help="in place of --kv-cache-gib")

@@ -189,4 +189,5 @@ def parallel_options(arguments: argparse.Namespace, device: Device, dtype: Dtype
         num_media_workers=arguments.media_workers,
         llm_threads=arguments.llm_threads or max(1, cores // arguments.tp),
         vit_threads=arguments.vit_threads,
+        vit_quantum_ms=arguments.vit_quantum_ms,
     )

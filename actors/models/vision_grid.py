@@ -57,8 +57,3 @@ def _frame_windows(rows: int, columns: int, side: int) -> tuple[NDArray[np.int64
     size = np.bincount(window)
     order = np.lexsort((window, -size[window]))
     return order, np.sort(size)[::-1].tolist()
-
-
-def prefix_sums(lengths: Sequence[int]) -> NDArray[np.int32]:
-    """cu_seqlens of segments: int32 [len(lengths) + 1], from 0."""
-    return np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64))).astype(np.int32)

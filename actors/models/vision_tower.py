@@ -12,28 +12,22 @@ from torch import Tensor, nn
 
 from vlmrt.actors.models.config import VisionConfig
 from vlmrt.actors.models.layers import Linear, Norm, Target, parameter
-from vlmrt.actors.models.vision_grid import GridThw, frame_lengths, patch_positions, prefix_sums, window_layout
-from vlmrt.kernels.rms_norm import rms_norm
+from vlmrt.actors.models.vision_grid import GridThw, frame_lengths, patch_positions, window_layout
+from vlmrt.kernels.layer_norm import add_layer_norm, layer_norm
+from vlmrt.kernels.rms_norm import add_rms_norm, rms_norm
 from vlmrt.kernels.rotary import rotary_tables, rotate
-from vlmrt.kernels.vision_attention import vision_attention
+from vlmrt.kernels.vision_attention import Segments, pack_segments, vision_attention
 
 NORM_EPS = 1e-6
 ROPE_THETA = 10000.0
-
-
-@dataclass(frozen=True, slots=True)
-class Segments:
-    """Which patches attend to each other: neighbours within one segment."""
-
-    cu_seqlens: Tensor  # int32 [S+1] on the device
-    seqlens_host: tuple[int, ...]
 
 
 @dataclass(slots=True)
 class VisionState:
     """A batch of images on its way through the tower, between two quanta of layers."""
 
-    hidden: Tensor  # [num_patches, embed_dim], replaced by every layer
+    x: Tensor  # [num_patches, embed_dim], what the last layer adds to the residual; replaced by every layer
+    residual: Tensor | None  # the sum of all that was added before; None before the first layer
     cos: Tensor  # float32 [num_patches, head_dim]
     sin: Tensor
     frames: Segments
@@ -43,14 +37,27 @@ class VisionState:
 
 
 class VisionBlock(Protocol):
-    """One layer of a tower."""
+    """One layer of a tower: (x, residual) -> the same of the next, whose first norm does the addition."""
 
-    def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor: ...
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, segments: Segments
+    ) -> tuple[Tensor, Tensor]: ...
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]: ...
 
 
 BlockFactory = Callable[[VisionConfig, torch.dtype, torch.device], nn.Module]
+
+
+def add_norm(x: Tensor, residual: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
+    """(normalised sum, sum) of a layer's output and the residual, by the kind of norm."""
+    if residual is None:
+        if norm.bias is None:
+            return rms_norm(x, norm.weight, norm.eps), x
+        return layer_norm(x, norm.weight, norm.bias, norm.eps), x
+    if norm.bias is None:
+        return add_rms_norm(x, residual, norm.weight, norm.eps)
+    return add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)
 
 
 class VisionAttention(nn.Module):
@@ -69,7 +76,7 @@ class VisionAttention(nn.Module):
         heads = self.qkv(x).view(num_patches, 3 * self.num_heads, self.head_dim)
         q, k = rotate(heads[:, : 2 * self.num_heads], cos, sin).chunk(2, dim=1)
         v = heads[:, 2 * self.num_heads :]
-        attended = vision_attention(q, k, v, segments.cu_seqlens, segments.seqlens_host, self.scale)
+        attended = vision_attention(q, k, v, segments, self.scale)
         return self.proj(attended.reshape(num_patches, -1))  # type: ignore[no-any-return]
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
@@ -82,17 +89,13 @@ class PatchMerger(nn.Module):
 
     def __init__(self, config: VisionConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.rms = config.norm == "rms_norm"
         self.width = config.embed_dim * config.spatial_merge_size**2
-        self.ln_q = Norm(config.embed_dim, NORM_EPS, not self.rms, dtype, device)
+        self.ln_q = Norm(config.embed_dim, NORM_EPS, config.norm != "rms_norm", dtype, device)
         self.first = Linear(self.width, self.width, True, dtype, device)
         self.second = Linear(self.width, config.out_hidden_size, True, dtype, device)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        if self.rms:
-            normed = rms_norm(hidden, self.ln_q.weight, NORM_EPS)
-        else:
-            normed = F.layer_norm(hidden, hidden.shape[-1:], self.ln_q.weight, self.ln_q.bias, NORM_EPS)
+    def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        normed, _ = add_norm(x, residual, self.ln_q)
         return self.second(F.gelu(self.first(normed.view(-1, self.width))))  # type: ignore[no-any-return]
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
@@ -133,10 +136,31 @@ class VisionTower(nn.Module):
 
     def prepare(self, pixel_values: Tensor, grid_thw: Sequence[GridThw]) -> VisionState:
         """Embed the patches and lay out the batch: what comes before the first layer. See forward for the shapes."""
-        self._check(pixel_values, grid_thw)
+        return self.lay_out(self.embed(pixel_values), grid_thw)
+
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """[num_patches, patch_dim] -> [num_patches, embed_dim]."""
+        return F.linear(pixel_values.to(self.patch_embed.device, self.patch_embed.dtype), self.patch_embed)
+
+    def patch_embed_still(self) -> Tensor:
+        """The patch embedding of a still image, [embed_dim, channels * patch_size**2].
+
+        Its temporal_patch_size frames are one frame, so their slices of the kernel are summed: half the products and
+        half the patches' bytes. The sum is taken in float32 and rounded once.
+        """
         config = self.config
-        device = self.patch_embed.device
-        hidden = F.linear(pixel_values.to(device, self.patch_embed.dtype), self.patch_embed)
+        area = config.patch_size**2
+        slices = self.patch_embed.view(config.embed_dim, config.in_channels, config.temporal_patch_size, area)
+        return slices.float().sum(2).to(self.patch_embed.dtype).view(config.embed_dim, -1)
+
+    def lay_out(self, embedded: Tensor, grid_thw: Sequence[GridThw]) -> VisionState:
+        """The state before the first layer of embedded patches [num_patches, embed_dim], in the processors' order.
+
+        Raises: ValueError if the grids do not describe num_patches patches in whole merge blocks.
+        """
+        self._check(embedded.shape[0], grid_thw)
+        config = self.config
+        device = embedded.device
         positions = patch_positions(grid_thw, config.spatial_merge_size)
         windows = restore = None
         if config.window_size is not None:
@@ -144,13 +168,13 @@ class VisionTower(nn.Module):
             order, lengths = window_layout(grid_thw, config.spatial_merge_size, window_cells)
             unit = config.spatial_merge_size**2
             positions = positions.reshape(-1, unit, 2)[order].reshape(-1, 2)
-            hidden = hidden.view(-1, unit * config.embed_dim)[to_device(order, device)].view(-1, config.embed_dim)
-            windows = _segments(lengths, device)
+            embedded = embedded.view(-1, unit * config.embed_dim)[to_device(order, device)].view(-1, config.embed_dim)
+            windows = pack_segments(lengths, device)
             restore = to_device(np.argsort(order), device)
         angles = (to_device(positions, device).float()[:, :, None] * self.inverse_frequency).flatten(1)
         cos, sin = rotary_tables(angles)
-        frames = _segments(frame_lengths(grid_thw), device)
-        return VisionState(hidden, cos, sin, frames, windows, restore)
+        frames = pack_segments(frame_lengths(grid_thw), device)
+        return VisionState(embedded, None, cos, sin, frames, windows, restore)
 
     def run_layers(self, state: VisionState, first: int, last: int) -> VisionState:
         """Run the layers [first, last) on a state, in place; returns the same state.
@@ -162,7 +186,7 @@ class VisionTower(nn.Module):
         for index in range(first, last):
             whole_frame = state.windows is None or index in self.config.fullatt_block_indexes
             segments = state.frames if whole_frame else cast(Segments, state.windows)
-            state.hidden = self.blocks[index](state.hidden, state.cos, state.sin, segments)
+            state.x, state.residual = self.blocks[index](state.x, state.residual, state.cos, state.sin, segments)
         state.next_layer = last
         return state
 
@@ -170,7 +194,7 @@ class VisionTower(nn.Module):
         """Merge the patches of a state that has been through all layers into rows, in the order of the input."""
         if state.next_layer != self.num_layers:
             raise ValueError(f"only {state.next_layer} of {self.num_layers} layers have run")
-        rows: Tensor = self.merger(state.hidden)
+        rows: Tensor = self.merger(state.x, state.residual)
         return rows if state.restore is None else rows[state.restore]
 
     def targets(self) -> Iterator[tuple[str, Target]]:
@@ -183,20 +207,13 @@ class VisionTower(nn.Module):
             yield from cast(VisionBlock, block).targets(f"visual.blocks.{index}.")
         yield from self.merger.targets("visual.merger.")
 
-    def _check(self, pixel_values: Tensor, grid_thw: Sequence[GridThw]) -> None:
+    def _check(self, num_patches: int, grid_thw: Sequence[GridThw]) -> None:
         merge = self.config.spatial_merge_size
-        num_patches = sum(frames * height * width for frames, height, width in grid_thw)
-        if not num_patches or pixel_values.shape != (num_patches, self.config.patch_dim):
-            raise ValueError(
-                f"pixel_values have shape {list(pixel_values.shape)}, grid_thw {list(grid_thw)} asks for "
-                f"{[num_patches, self.config.patch_dim]}"
-            )
+        expected = sum(frames * height * width for frames, height, width in grid_thw)
+        if not expected or num_patches != expected:
+            raise ValueError(f"{num_patches} patches, but grid_thw {list(grid_thw)} asks for {expected}")
         if any(height % merge or width % merge for _, height, width in grid_thw):
             raise ValueError(f"grid_thw {list(grid_thw)}: heights and widths must be multiples of {merge}")
-
-
-def _segments(lengths: tuple[int, ...], device: torch.device) -> Segments:
-    return Segments(to_device(prefix_sums(lengths), device), lengths)
 
 
 def to_device(array: NDArray[Any], device: torch.device) -> Tensor:

@@ -78,11 +78,17 @@ class Encoder:
             return self._forward(images)
         except torch.AcceleratorError:
             raise
+        except torch.OutOfMemoryError:
+            problem = "the vision tower ran out of GPU memory: lower --max-pixels, or give the image smaller"
         except Exception as error:
-            if len(images) > 1:
-                return [answer for image in images for answer in self._run([image])]
-            failure = RequestError(f"image cannot be encoded: {error!r}", status=500, code="encode_failed")
-            return [EncodeFailed(images[0].encode.encode_id, failure.to_wire())]
+            problem = repr(error)
+        # Out of the except clauses, so that the error's traceback no longer holds the tensors of what failed.
+        if self.slab.tensor().device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(images) > 1:
+            return [answer for image in images for answer in self._run([image])]
+        failure = RequestError(f"image cannot be encoded: {problem}", status=500, code="encode_failed")
+        return [EncodeFailed(images[0].encode.encode_id, failure.to_wire())]
 
     def _forward(self, images: Sequence[Loaded]) -> list[Answer]:
         run = self._engine.prepare([image.pixels for image in images], [image.encode.grid_thw for image in images])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from functools import partial
 from pathlib import Path
@@ -11,10 +12,11 @@ import numpy as np
 import torch
 
 from vlmrt.actors.models.checkpoint_files import check_weight_files
-from vlmrt.actors.models.config import CheckpointError, ImageProcessing, VisionConfig
+from vlmrt.actors.models.config import CheckpointError, ImageProcessing, ModelConfig, VisionConfig
 from vlmrt.actors.models.registry import family, load_image_processing, load_model_config
+from vlmrt.actors.models.vision_tower import VisionTower
 from vlmrt.actors.vit.encoder import Encoder
-from vlmrt.actors.vit.engines.engine import GridThw, VisionEngine
+from vlmrt.actors.vit.engines.engine import GridThw, Pixels, VisionEngine
 from vlmrt.actors.vit.engines.torch import TorchEngine
 from vlmrt.runtime.actor import ActorContext
 from vlmrt.runtime.config import Config
@@ -23,6 +25,9 @@ from vlmrt.runtime.shared_memory import ArenaReader
 from vlmrt.runtime.slab import DTYPE_BYTES, create_slab
 
 GIB = 1 << 30
+CPU_QUANTUM_S = 0.1  # nobody else waits for the device; it only says how often the encoder shows that it moves
+
+logger = logging.getLogger(__name__)
 
 
 def load_encoder(context: ActorContext) -> Encoder:
@@ -31,34 +36,50 @@ def load_encoder(context: ActorContext) -> Encoder:
     Raises: StartupError where another try cannot help.
     """
     config = context.config
-    device, dtype = torch.device(context.device), getattr(torch, config.parallel.dtype)
-    if device.type == "cpu":
-        torch.set_num_threads(config.parallel.vit_threads)
-    else:
-        torch.cuda.set_device(device)
-    directory = Path(config.model.directory)
+    device = _use_device(context)
     try:
-        model_config = load_model_config(directory)
-        processing = load_image_processing(directory)
-        tower = family(model_config.model_type).load_vision(
-            check_weight_files(directory), model_config, device, dtype, partial(context.progress, "loading weights")
-        )
+        model_config, processing, tower = _load_tower(context, device)
     except CheckpointError as error:
         raise StartupError(str(error)) from None
+    vision = model_config.vision
     slab = create_slab(
         context,
         context.device,
-        num_pages=_num_pages(config, model_config.vision),
+        num_pages=_num_pages(config, vision),
         page_rows=config.memory.page_rows,
-        width=model_config.vision.out_hidden_size,
+        width=vision.out_hidden_size,
         dtype=config.parallel.dtype,
     )
-    engine = TorchEngine(tower, processing, device)
-    merge = model_config.vision.spatial_merge_size
-    _warm_up(engine, processing, (1, merge, merge))
-    if device.type != "cpu":  # let torch's allocator keep the workspace of the largest batch
-        _warm_up(engine, processing, _largest_grid(config, processing))
-    return Encoder(engine, slab, ArenaReader(context.open_memory), model_config.vision)
+    quantum_s = config.parallel.vit_quantum_ms / 1e3 if device.type == "cuda" else CPU_QUANTUM_S
+    engine = TorchEngine(tower, processing, device, quantum_s)
+    _encode_black(engine, processing, (1, vision.spatial_merge_size, vision.spatial_merge_size))
+    if device.type == "cuda":
+        _encode_black(engine, processing, (1, 16 * vision.spatial_merge_size, 16 * vision.spatial_merge_size))
+        _reserve_workspace(engine, config, processing, device)
+    return Encoder(engine, slab, ArenaReader(context.open_memory), vision)
+
+
+def _use_device(context: ActorContext) -> torch.device:
+    """The actor's device, made this process's own."""
+    device = torch.device(context.device)
+    if device.type == "cpu":
+        torch.set_num_threads(context.config.parallel.vit_threads)
+    else:
+        torch.cuda.set_device(device)
+    return device
+
+
+def _load_tower(context: ActorContext, device: torch.device) -> tuple[ModelConfig, ImageProcessing, VisionTower]:
+    directory = Path(context.config.model.directory)
+    model_config = load_model_config(directory)
+    tower = family(model_config.model_type).load_vision(
+        check_weight_files(directory),
+        model_config,
+        device,
+        getattr(torch, context.config.parallel.dtype),
+        partial(context.progress, "loading weights"),
+    )
+    return model_config, load_image_processing(directory), tower
 
 
 def _num_pages(config: Config, vision: VisionConfig) -> int:
@@ -78,9 +99,42 @@ def _largest_grid(config: Config, processing: ImageProcessing) -> GridThw:
     return (1, max(side, processing.merge_size), max(side, processing.merge_size))
 
 
-def _warm_up(engine: VisionEngine[Any], processing: ImageProcessing, grid: GridThw) -> None:
-    size = processing.patch_size
-    run = engine.prepare([np.zeros((1, grid[1] * size, grid[2] * size, 3), np.uint8)], [grid])
+def _reserve_workspace(
+    engine: VisionEngine[Any], config: Config, processing: ImageProcessing, device: torch.device
+) -> None:
+    """Run the first layers of the largest batch, so that torch's allocator keeps its workspace.
+
+    Raises: StartupError if the device's memory does not hold it.
+    """
+    grid = _largest_grid(config, processing)
+    num_patches = math.prod(grid)
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        run = engine.prepare(_black(processing, grid), [grid])
+        for _ in range(
+            2
+        ):  # the second quantum has layers that hold a residual beside their input, as all later ones do
+            engine.run_quantum(run)
+    except torch.OutOfMemoryError as error:
+        raise StartupError(
+            f"{device}: the vision tower's weights and the workspace of {num_patches} patches, the most that one batch "
+            f"or one image has, do not fit: {error}"
+        ) from None
+    torch.cuda.synchronize(device)
+    peak, kept = torch.cuda.max_memory_allocated(device), torch.cuda.memory_reserved(device)
+    logger.info(
+        "vision tower on %s: peak %.2f GiB at %d patches, %.2f GiB kept", device, peak / GIB, num_patches, kept / GIB
+    )
+
+
+def _encode_black(engine: VisionEngine[Any], processing: ImageProcessing, grid: GridThw) -> None:
+    """Run every kernel once: the first call loads it."""
+    run = engine.prepare(_black(processing, grid), [grid])
     while not engine.run_quantum(run):
         pass
     engine.rows(run)
+
+
+def _black(processing: ImageProcessing, grid: GridThw) -> list[Pixels]:
+    size = processing.patch_size
+    return [np.zeros((1, grid[1] * size, grid[2] * size, 3), np.uint8)]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.kernels.exactness import DTYPES, normal
 from vlmrt.kernels.paged_attention import PagedBatch, paged_attention
-from vlmrt.kernels.vision_attention import vision_attention
+from vlmrt.kernels.vision_attention import pack_segments, vision_attention
 
 BLOCK_SIZE = 8
 SCALE = 0.17
@@ -87,8 +87,7 @@ def test_patches_see_their_segment_and_nothing_else(dtype: torch.dtype, lengths:
     total = sum(lengths)
     heads = normal(total, 9, 20, dtype=dtype)
     q, k, v = heads.chunk(3, dim=1)  # strided, as they come from a fused projection
-    cu_seqlens = torch.tensor([sum(lengths[:n]) for n in range(len(lengths) + 1)], dtype=torch.int32)
-    attended = vision_attention(q, k, v, cu_seqlens, lengths, SCALE)
+    attended = vision_attention(q, k, v, pack_segments(lengths, q.device), SCALE)
     segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     scores = torch.einsum("qhd,khd->hqk", q.double(), k.double()) * SCALE
     scores = scores.masked_fill(segment[:, None] != segment, float("-inf"))
@@ -99,4 +98,4 @@ def test_patches_see_their_segment_and_nothing_else(dtype: torch.dtype, lengths:
 def test_segments_that_do_not_add_up_are_refused() -> None:
     heads = torch.zeros(5, 2, 8)
     with pytest.raises(ValueError, match="segments of 4 patches"):
-        vision_attention(heads, heads, heads, torch.tensor([0, 4]), (4,), SCALE)
+        vision_attention(heads, heads, heads, pack_segments((4,), heads.device), SCALE)

@@ -7,9 +7,11 @@ import torch
 
 from tests.kernels.exactness import DTYPES, assert_as_exact_as_eager, normal
 from vlmrt.kernels.embed_merge import embed_merge, embed_merge_reference
+from vlmrt.kernels.layer_norm import add_layer_norm, layer_norm
+from vlmrt.kernels.quick_gelu import quick_gelu, quick_gelu_reference
 from vlmrt.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
-from vlmrt.kernels.rope_and_cache import rope_and_cache, without_skipped_rows
-from vlmrt.kernels.rotary import rotary_tables, rotate, rotate_reference
+from vlmrt.kernels.rope_and_cache import rope_and_cache
+from vlmrt.kernels.rotary import mrope_tables, rotary_tables, rotate, rotate_reference
 from vlmrt.kernels.silu_and_mul import silu_and_mul, silu_and_mul_reference
 
 SHAPES = ((1, 8), (7, 33), (3, 1280))
@@ -63,13 +65,19 @@ def test_rotate_is_as_exact_as_eager_and_turns_pairs(dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("skipped", [(), (0, 3), (0, 1, 2, 3, 4)])
-def test_rope_and_cache_writes_its_slots_and_no_others(dtype: torch.dtype, skipped: tuple[int, ...]) -> None:
-    q, k, v = normal(5, 4, 32, dtype=dtype), normal(5, 2, 32, dtype=dtype), normal(5, 2, 32, dtype=dtype, seed=9)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_rope_and_cache_writes_its_slots_and_no_others(
+    dtype: torch.dtype, skipped: tuple[int, ...], has_bias: bool
+) -> None:
+    qkv = normal(5, 8 * 32, dtype=dtype)
+    bias = normal(8 * 32, dtype=dtype, seed=1) if has_bias else None
+    heads = (qkv if bias is None else qkv + bias).view(5, 8, 32)
+    q, k, v = heads[:, :4], heads[:, 4:6], heads[:, 6:]
     cos, sin = rotary_tables(normal(5, 16))
     slots = torch.tensor([17, 0, 5, 11, 30])
     slots[list(skipped)] = -1
     k_cache, v_cache = (torch.full((4, 8, 2, 32), 7.0, dtype=dtype) for _ in range(2))
-    rotated = rope_and_cache(q, k, v, cos, sin, k_cache, v_cache, slots)
+    rotated = rope_and_cache(qkv, bias, cos, sin, k_cache, v_cache, slots, 4)
     assert torch.equal(rotated, rotate(q, cos, sin))
     expected_k, expected_v = (torch.full((32, 2, 32), 7.0, dtype=dtype) for _ in range(2))
     kept = slots >= 0
@@ -79,17 +87,13 @@ def test_rope_and_cache_writes_its_slots_and_no_others(dtype: torch.dtype, skipp
     assert torch.equal(v_cache.view(32, 2, 32), expected_v)
 
 
-@pytest.mark.parametrize("slots", [(3, -1, 5), (-1, 0, 2), (-1, -1, -1), (4, 1, 0)])
-def test_skipped_rows_change_nothing_also_where_the_device_is_not_waited_for(slots: tuple[int, ...]) -> None:
-    k, v, cache = normal(3, 2, 4), normal(3, 2, 4, seed=1), normal(6, 2, 4, seed=2)
-    expected_k, expected_v = cache.clone(), cache.clone()
-    for row, slot in enumerate(slots):
-        if slot >= 0:
-            expected_k[slot], expected_v[slot] = k[row], v[row]
-    k_slots, v_slots = cache.clone(), cache.clone()
-    k, v, targets = without_skipped_rows(k, v, k_slots, v_slots, torch.tensor(slots))
-    assert torch.equal(k_slots.index_copy_(0, targets, k), expected_k)
-    assert torch.equal(v_slots.index_copy_(0, targets, v), expected_v)
+def test_mrope_tables_turn_each_pair_with_its_own_position() -> None:
+    positions = torch.tensor([[0, 3, 70], [1, 3, 2], [2, 3, 900]])
+    frequency, component = torch.tensor([1.0, 0.5, 0.25]), torch.tensor([0, 1, 2])
+    cos, sin = mrope_tables(positions, frequency, component)
+    angles = torch.tensor([[0.0, 0.5, 0.5], [3.0, 1.5, 0.75], [70.0, 1.0, 225.0]])
+    assert torch.equal(cos, angles.cos().repeat(1, 2))
+    assert torch.equal(sin, torch.cat((-angles.sin(), angles.sin()), dim=1))
 
 
 def test_embed_merge_overwrites_placeholders_in_place() -> None:
@@ -103,3 +107,27 @@ def test_embed_merge_overwrites_placeholders_in_place() -> None:
 def test_embed_merge_refuses_rows_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"expected \[2, 8\]"):
         embed_merge(torch.zeros(6, 8), torch.zeros(3, 8), torch.tensor([4, 1]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_norm_is_as_exact_as_eager_and_its_sum_is_rounded(dtype: torch.dtype) -> None:
+    x, residual = (normal(5, 40, dtype=dtype, seed=seed) for seed in (0, 7))
+    weight, bias = (normal(40, dtype=dtype, seed=seed) for seed in (1, 2))
+    normed, total = add_layer_norm(x, residual, weight, bias, 1e-6)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(normed, layer_norm(total, weight, bias, 1e-6))
+    wide = total.double()
+    centred = wide - wide.mean(-1, keepdim=True)
+    exact = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double() + bias.double()
+    torch.testing.assert_close(normed.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quick_gelu_adds_the_bias_first(dtype: torch.dtype) -> None:
+    x, bias = normal(5, 40, dtype=dtype), normal(40, dtype=dtype, seed=1)
+    assert_as_exact_as_eager(quick_gelu, quick_gelu_reference, x, bias)
+    summed = x.double() + bias.double()
+    exact = summed / (1 + (-1.702 * summed).exp())
+    torch.testing.assert_close(
+        quick_gelu(x, bias).double(), exact, rtol=8 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps
+    )

@@ -57,6 +57,11 @@ def test_frames_of_a_clip_fill_temporal_groups_and_the_last_one_is_repeated() ->
     assert torch.equal(patches[1, :, :, 0], patches[1, :, :, 1])
 
 
+def test_patches_in_another_dtype_are_the_float32_ones_rounded_once() -> None:
+    images = [torch.from_numpy(np.array(picture(56, 84)))[None], torch.from_numpy(np.array(picture(28, 28)))[None]]
+    assert torch.equal(patchify(images, PROCESSING, torch.bfloat16), patchify(images, PROCESSING).bfloat16())
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype", "message"),
     [

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from vlmrt.actors.models.config import VisionConfig
-from vlmrt.actors.models.layers import Linear, MergedColumnLinear, Norm, Target, TensorParallel
-from vlmrt.actors.models.vision_tower import NORM_EPS, Segments, VisionAttention, VisionTower
-from vlmrt.kernels.rms_norm import add_rms_norm, rms_norm
+from vlmrt.actors.models.layers import Linear, Norm, Target
+from vlmrt.actors.models.vision_tower import NORM_EPS, VisionAttention, VisionTower, add_norm
 from vlmrt.kernels.silu_and_mul import silu_and_mul
+from vlmrt.kernels.vision_attention import Segments
+
+# cuBLAS takes its slow kernels for rows that are no multiple of 16 bytes, as those of the published 3,420 columns are.
+ROW_ELEMENTS = 8
 
 
 class Qwen25VisionBlock(nn.Module):
@@ -18,21 +21,38 @@ class Qwen25VisionBlock(nn.Module):
         self.norm1 = Norm(config.embed_dim, NORM_EPS, False, dtype, device)
         self.norm2 = Norm(config.embed_dim, NORM_EPS, False, dtype, device)
         self.attn = VisionAttention(config, dtype, device)
-        parts = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
-        self.gate_up_proj = MergedColumnLinear(config.embed_dim, parts, True, TensorParallel(), dtype, device)
-        self.down_proj = Linear(config.intermediate_size, config.embed_dim, True, dtype, device)
+        self.width = config.intermediate_size
+        padded = -(-self.width // ROW_ELEMENTS) * ROW_ELEMENTS
+        self.gate_up_proj = Linear(config.embed_dim, 2 * padded, True, dtype, device)
+        self.down_proj = Linear(padded, config.embed_dim, True, dtype, device)
+        self.gate, self.up = (slice(first, first + self.width) for first in (0, padded))
+        if padded != self.width:  # silu(0) * 0 = 0, times a column of 0
+            for parameter in (*self.gate_up_proj.parameters(), self.down_proj.weight):
+                parameter.zero_()
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
-        attended = self.attn(rms_norm(hidden, self.norm1.weight, NORM_EPS), cos, sin, segments)
-        normed, hidden = add_rms_norm(attended, hidden, self.norm2.weight, NORM_EPS)
-        return hidden + self.down_proj(silu_and_mul(self.gate_up_proj(normed)))  # type: ignore[no-any-return]
+    def forward(
+        self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, segments: Segments
+    ) -> tuple[Tensor, Tensor]:
+        x, residual = add_norm(x, residual, self.norm1)
+        x, residual = add_norm(self.attn(x, cos, sin, segments), residual, self.norm2)
+        return self.mlp(x), residual
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return self.down_proj(silu_and_mul(self.gate_up_proj(x)))  # type: ignore[no-any-return]
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
         yield from self.norm1.targets(f"{prefix}norm1.")
         yield from self.norm2.targets(f"{prefix}norm2.")
         yield from self.attn.targets(f"{prefix}attn.")
-        yield from self.gate_up_proj.targets(f"{prefix}mlp.")
-        yield from self.down_proj.targets(f"{prefix}mlp.down_proj.")
+        for name, rows in (("gate_proj", self.gate), ("up_proj", self.up)):
+            for kind, into in self.gate_up_proj.named_parameters():
+                yield f"{prefix}mlp.{name}.{kind}", _whole(into[rows])
+        for kind, into in self.down_proj.named_parameters():
+            yield f"{prefix}mlp.down_proj.{kind}", _whole(into[:, : self.width] if into.dim() == 2 else into)
+
+
+def _whole(into: Tensor) -> Target:
+    return Target(into, tuple(into.shape))
 
 
 def vision_tower(config: VisionConfig, dtype: torch.dtype, device: torch.device) -> VisionTower:

@@ -17,7 +17,7 @@ from vlmrt.actors.models.layers import (
 from vlmrt.kernels.paged_attention import PagedBatch, paged_attention
 from vlmrt.kernels.rms_norm import add_rms_norm, rms_norm
 from vlmrt.kernels.rope_and_cache import rope_and_cache
-from vlmrt.kernels.rotary import rotary_tables
+from vlmrt.kernels.rotary import mrope_tables
 from vlmrt.kernels.silu_and_mul import silu_and_mul
 
 
@@ -39,9 +39,8 @@ class Attention(nn.Module):
         self.o_proj = RowLinear(q_size, config.hidden_size, tp, dtype, device)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv: tuple[Tensor, Tensor], batch: PagedBatch) -> Tensor:
-        heads = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
-        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        q = rope_and_cache(q, k, v, cos, sin, *kv, batch.slot_mapping)
+        qkv, bias = self.qkv_proj.product(x)
+        q = rope_and_cache(qkv, bias, cos, sin, *kv, batch.slot_mapping, self.num_heads)
         attended = paged_attention(q, *kv, batch, self.scale, self.sliding_window)
         return self.o_proj(attended.reshape(x.shape[0], -1))  # type: ignore[no-any-return]
 
@@ -97,8 +96,7 @@ class LanguageModel(nn.Module):
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Tables of each token's angles for rope_and_cache: int64 [3, T] -> cos, sin float32 [T, head_dim]."""
-        angles = positions.T.float()[:, self.component_of_pair] * self.inverse_frequency
-        return rotary_tables(angles)
+        return mrope_tables(positions, self.inverse_frequency, self.component_of_pair)
 
     def forward(
         self, hidden: Tensor, cos: Tensor, sin: Tensor, kv: Sequence[tuple[Tensor, Tensor]], batch: PagedBatch

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from vlmrt.actors.models.config import VisionConfig
 from vlmrt.actors.models.layers import Linear, Norm, Target
-from vlmrt.actors.models.vision_tower import NORM_EPS, Segments, VisionAttention, VisionTower
+from vlmrt.actors.models.vision_tower import NORM_EPS, VisionAttention, VisionTower, add_norm
+from vlmrt.kernels.quick_gelu import quick_gelu
+from vlmrt.kernels.vision_attention import Segments
 
 
 class Qwen2VisionBlock(nn.Module):
@@ -21,11 +23,16 @@ class Qwen2VisionBlock(nn.Module):
         self.fc1 = Linear(config.embed_dim, config.intermediate_size, True, dtype, device)
         self.fc2 = Linear(config.intermediate_size, config.embed_dim, True, dtype, device)
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
-        hidden = hidden + self.attn(_layer_norm(hidden, self.norm1), cos, sin, segments)
-        wide: Tensor = self.fc1(_layer_norm(hidden, self.norm2))
-        wide = wide * torch.sigmoid(1.702 * wide) if self.quick_gelu else F.gelu(wide)
-        return hidden + self.fc2(wide)  # type: ignore[no-any-return]
+    def forward(
+        self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, segments: Segments
+    ) -> tuple[Tensor, Tensor]:
+        x, residual = add_norm(x, residual, self.norm1)
+        x, residual = add_norm(self.attn(x, cos, sin, segments), residual, self.norm2)
+        return self.mlp(x), residual
+
+    def mlp(self, x: Tensor) -> Tensor:
+        wide = self.fc1(x)
+        return self.fc2(quick_gelu(wide) if self.quick_gelu else F.gelu(wide))  # type: ignore[no-any-return]
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
         yield from self.norm1.targets(f"{prefix}norm1.")
@@ -33,10 +40,6 @@ class Qwen2VisionBlock(nn.Module):
         yield from self.attn.targets(f"{prefix}attn.")
         yield from self.fc1.targets(f"{prefix}mlp.fc1.")
         yield from self.fc2.targets(f"{prefix}mlp.fc2.")
-
-
-def _layer_norm(x: Tensor, norm: Norm) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
 
 
 def vision_tower(config: VisionConfig, dtype: torch.dtype, device: torch.device) -> VisionTower:

@@ -22,7 +22,7 @@ class VisionEngine(Protocol[Run]):
         ...
 
     def run_quantum(self, run: Run) -> bool:
-        """Run as many layers as fit the time of a quantum and wait for them; True when none is left."""
+        """Issue the next layers and wait until at most a quantum of work is left undone; True after the last layer."""
         ...
 
     def rows(self, run: Run) -> Tensor:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
 
+import msgspec
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vlmrt.actors.models.config import ImageProcessing
@@ -15,50 +19,95 @@ from vlmrt.actors.models.vision_tower import VisionState, VisionTower
 from vlmrt.actors.vit.engines.engine import GridThw, Pixels
 from vlmrt.kernels.patchify import patchify
 
-QUANTUM_S = {"cuda": 0.008, "cpu": 0.1}
+
+class Mark:
+    """A point in the order of the device's work: when it was reached, and a wait for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.Event(device=device, enable_timing=True) if device.type == "cuda" else None
+        self._reached_s = time.perf_counter()  # on a CPU what was called is done
+        if self._event is not None:
+            self._event.record()
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+
+    def seconds_since(self, earlier: Mark) -> float:
+        """Both have been waited for."""
+        if self._event is None or earlier._event is None:
+            return self._reached_s - earlier._reached_s
+        return float(earlier._event.elapsed_time(self._event)) / 1e3
 
 
 @dataclass(slots=True)
 class TorchRun:
     state: VisionState
-    layer_s: float | None = None  # measured in this run; None before its first quantum
+    layer_s: float  # as last measured
+    reached: Mark  # the end of the last quantum that was waited for
+    in_flight: deque[tuple[int, Mark]] = field(default_factory=deque)  # layers and end of each quantum after it
 
 
 class TorchEngine:
-    """A VisionEngine whose quanta hold as many layers as the last one's time per layer allows."""
+    """A VisionEngine that keeps two half quanta on the device: one runs while the host prepares the next.
 
-    def __init__(self, tower: VisionTower, processing: ImageProcessing, device: torch.device) -> None:
+    No CUDA graphs: almost every batch of users' pictures has a shape of its own, and from about 1,000 patches on a
+    layer runs longer than its dozen launches take to issue. Waiting for a half quantum costs no gap, since the other
+    half is queued behind it.
+    """
+
+    def __init__(self, tower: VisionTower, processing: ImageProcessing, device: torch.device, quantum_s: float) -> None:
         self._tower = tower
         self._processing = processing
+        self._still = msgspec.structs.replace(processing, temporal_patch_size=1)
         self._device = device
-        self._quantum_s = QUANTUM_S[device.type]
+        self._quantum_s = quantum_s
+        self._patch_layer_s = quantum_s  # of the last quantum measured; at first so long that one layer is tried
+        with torch.inference_mode():
+            self._patch_embed_still = tower.patch_embed_still()
 
     def prepare(self, images: Sequence[Pixels], grids: Sequence[GridThw]) -> TorchRun:
         with torch.inference_mode():
-            patches = patchify([self._on_device(image) for image in images], self._processing)
-            return TorchRun(self._tower.prepare(patches, grids))
+            frames = self._on_device(images)
+            embedded = [self._embed(list(run), still) for still, run in groupby(frames, lambda image: len(image) == 1)]
+            state = self._tower.lay_out(embedded[0] if len(embedded) == 1 else torch.cat(embedded), grids)
+        return TorchRun(state, self._patch_layer_s * len(state.x), Mark(self._device))
 
     def run_quantum(self, run: TorchRun) -> bool:
         first = run.state.next_layer
-        num_layers = 1 if run.layer_s is None else max(1, int(self._quantum_s / run.layer_s))
+        num_layers = max(1, int(self._quantum_s / 2 / run.layer_s))
         last = min(first + num_layers, self._tower.num_layers)
-        started_s = time.perf_counter()
         with torch.inference_mode():
             self._tower.run_layers(run.state, first, last)
-        self._wait()
-        run.layer_s = max((time.perf_counter() - started_s) / max(1, last - first), 1e-6)
+        run.in_flight.append((last - first, Mark(self._device)))
+        keep = 1 if (last - first) * run.layer_s <= self._quantum_s / 2 else 0
+        while len(run.in_flight) > keep:
+            self._wait_for_oldest(run)
         return last == self._tower.num_layers
 
     def rows(self, run: TorchRun) -> Tensor:
         with torch.inference_mode():
             return self._tower.finish(run.state)
 
-    def _on_device(self, pixels: Pixels) -> Tensor:
-        """A copy: the arena's pixels are read-only and leave with the answer."""
-        copy = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-        np.copyto(copy.numpy(), pixels)
-        return copy.to(self._device, non_blocking=True)
+    def _wait_for_oldest(self, run: TorchRun) -> None:
+        num_layers, end = run.in_flight.popleft()
+        end.wait()
+        run.layer_s = max(end.seconds_since(run.reached) / num_layers, 1e-6)
+        run.reached = end
+        self._patch_layer_s = run.layer_s / len(run.state.x)
 
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
+    def _embed(self, frames: Sequence[Tensor], still: bool) -> Tensor:
+        """Still images take the summed kernel, whose patches hold their one frame once."""
+        dtype = self._patch_embed_still.dtype
+        if still:
+            return F.linear(patchify(frames, self._still, dtype), self._patch_embed_still)
+        return self._tower.embed(patchify(frames, self._processing, dtype))
+
+    def _on_device(self, images: Sequence[Pixels]) -> list[Tensor]:
+        """One copy of them all: the arena's pixels are read-only and leave with the answer."""
+        sizes = [image.size for image in images]
+        staged = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        for place, image in zip(staged.split(sizes), images, strict=True):  # type: ignore[no-untyped-call]
+            np.copyto(place.numpy().reshape(image.shape), image)
+        places = staged.to(self._device, non_blocking=True).split(sizes)  # type: ignore[no-untyped-call]
+        return [place.view(image.shape) for place, image in zip(places, images, strict=True)]

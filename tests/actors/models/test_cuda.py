@@ -85,13 +85,13 @@ def test_draws_are_those_of_the_cpu() -> None:
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @torch.inference_mode()
 def test_a_step_neither_waits_for_the_device_nor_writes_skipped_rows() -> None:
-    q, k, v = (torch.randn(5, heads, 32, device=GPU) for heads in (4, 2, 2))
+    qkv, bias = torch.randn(5, 8 * 32, device=GPU), torch.randn(8 * 32, device=GPU)
     cos, sin = rotary_tables(torch.randn(5, 16, device=GPU))
     k_cache, v_cache = (torch.zeros(4, 8, 2, 32, device=GPU) for _ in range(2))
     slots = torch.tensor([17, -1, 5, -1, 30], device=GPU)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        rope_and_cache(q, k, v, cos, sin, k_cache, v_cache, slots)
+        rope_and_cache(qkv, bias, cos, sin, k_cache, v_cache, slots, 4)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     written = v_cache.view(32, 2, 32).abs().sum((1, 2)).nonzero().flatten().tolist()

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.actors.models.conftest import Models
+from vlmrt.actors.models.qwen2_5_vl.vision import Qwen25VisionBlock
+from vlmrt.actors.models.registry import load_model_config
 from vlmrt.actors.models.vision_grid import window_layout
+from vlmrt.tools.checkpoint import make_checkpoint
 
 GRIDS = [(1, 8, 10), (1, 6, 4), (2, 12, 8), (1, 4, 4), (1, 4, 4), (1, 20, 34), (1, 2, 2)]
 
@@ -76,3 +82,22 @@ def test_windows_are_those_of_the_reference(grid_thw: tuple[int, int, int]) -> N
     ours = np.split(order, np.cumsum(np.array(lengths) // 4)[:-1])
     assert {tuple(window.tolist()) for window in ours} == expected
     assert len(ours) == len(expected)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("width", [13, 16])
+def test_columns_that_pad_a_gated_mlp_add_nothing(width: int, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "test-qwen2.5-vl")
+    config = msgspec.structs.replace(load_model_config(tmp_path).vision, intermediate_size=width)
+    block = Qwen25VisionBlock(config, torch.float32, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(width)
+    weights = {}
+    for name, target in block.targets(""):
+        weights[name] = torch.randn(target.shape, generator=generator)
+        target.into.copy_(weights[name])
+    assert weights["mlp.down_proj.weight"].shape == (config.embed_dim, width)
+    assert block.down_proj.weight.shape[1] == 16
+    x = torch.randn(5, config.embed_dim, generator=generator)
+    gate, up = (F.linear(x, weights[f"mlp.{n}.weight"], weights[f"mlp.{n}.bias"]) for n in ("gate_proj", "up_proj"))
+    expected = F.linear(F.silu(gate) * up, weights["mlp.down_proj.weight"], weights["mlp.down_proj.bias"])
+    assert (block.mlp(x) - expected).abs().max() <= 1e-6 * expected.abs().max()

@@ -226,6 +226,7 @@ async def test_an_image_that_breaks_a_batch_fails_alone(
         failed = answers[messages[1].encode_id]
         assert isinstance(failed, EncodeFailed)
         assert failed.error.code == "encode_failed"
+        assert "--max-pixels" in failed.error.message
         for index in (0, 2):
             assert answers[messages[index].encode_id] == EmbedsReady(messages[index].encode_id, 4)
             assert_close(bench.rows(messages[index], 4), pictures[index].rows(one_checkpoint))

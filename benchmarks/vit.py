@@ -1,0 +1,124 @@
+"""Full-size vision towers with random weights on the GPU: milliseconds per batch beside the floor of their products.
+
+    python -m benchmarks.vit [--towers qwen2-vl-2b qwen2.5-vl-7b] [--profile "8 x 1024"]
+
+layers: the device's time from embedded patches to rows. engine: the wall clock from pixels in host memory to rows,
+with quanta of 8 ms, as the ViT actor runs it. Medians; then the kernels that took most of one batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.vision_shapes import BATCHES, FLOPS_PER_S, TOWERS, num_patches, random_tower, tower_flops
+from vlmrt.actors.models.config import ImageProcessing
+from vlmrt.actors.models.vision_grid import GridThw
+from vlmrt.actors.models.vision_tower import VisionTower
+from vlmrt.actors.vit.engines.engine import Pixels
+from vlmrt.actors.vit.engines.torch import TorchEngine
+
+QUANTUM_S = 0.008
+REPEATS = 7
+TOP_KERNELS = 12
+PROCESSING = ImageProcessing(
+    min_pixels=3136,
+    max_pixels=12_845_056,
+    patch_size=14,
+    temporal_patch_size=2,
+    merge_size=2,
+    image_mean=(0.48145466, 0.4578275, 0.40821073),
+    image_std=(0.26862954, 0.26130258, 0.27577711),
+    rescale_factor=1 / 255,
+)
+
+
+def device_ms(run: Callable[[], object]) -> float:
+    """Median time between two events around one call."""
+    times: list[float] = []
+    for repeat in range(REPEATS + 2):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        if repeat >= 2:
+            times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def wall_ms(run: Callable[[], object]) -> float:
+    times = []
+    for repeat in range(REPEATS + 2):
+        started_s = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        if repeat >= 2:
+            times.append((time.perf_counter() - started_s) * 1e3)
+    return statistics.median(times)
+
+
+def layers_of(tower: VisionTower, grids: list[GridThw]) -> Callable[[], object]:
+    embedded = torch.randn(num_patches(grids), tower.config.embed_dim, device="cuda", dtype=torch.bfloat16)
+    return lambda: tower.finish(tower.run_layers(tower.lay_out(embedded, grids), 0, tower.num_layers))
+
+
+def encoding_of(engine: TorchEngine, grids: list[GridThw]) -> Callable[[], object]:
+    draw = np.random.default_rng(0)
+    images: list[Pixels] = [draw.integers(0, 256, (1, 14 * h, 14 * w, 3), dtype=np.uint8) for _, h, w in grids]
+
+    def encode() -> object:
+        run = engine.prepare(images, grids)
+        while not engine.run_quantum(run):
+            pass
+        return engine.rows(run)
+
+    return encode
+
+
+def print_kernels(run: Callable[[], object]) -> None:
+    run()
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        run()
+        torch.cuda.synchronize()
+    kernels = sorted(trace.key_averages(), key=lambda event: -event.self_device_time_total)
+    total_us = sum(kernel.self_device_time_total for kernel in kernels)
+    print(f"    {'ms':>8} {'share':>6} {'calls':>6}  kernel ({total_us / 1e3:.2f} ms in kernels)")
+    for kernel in kernels[:TOP_KERNELS]:
+        time_us = kernel.self_device_time_total
+        print(f"    {time_us / 1e3:8.3f} {time_us / total_us:6.1%} {kernel.count:6}  {kernel.key[:90]}")
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--towers", nargs="+", choices=sorted(TOWERS), default=sorted(TOWERS))
+    parser.add_argument("--profile", choices=sorted(BATCHES), default="8 x 1024", help="batch whose kernels are listed")
+    options = parser.parse_args()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bfloat16")
+    for preset in options.towers:
+        tower = random_tower(preset, torch.device("cuda"))
+        engine = TorchEngine(tower, PROCESSING, torch.device("cuda"), QUANTUM_S)
+        print(f"{preset}\n    {'batch':14} {'patches':>8} {'floor':>8} {'layers':>8} {'/floor':>7} {'engine':>8}  ms")
+        for name, grids in BATCHES.items():
+            floor_ms = tower_flops(tower.config, grids) / FLOPS_PER_S * 1e3
+            layers_ms = device_ms(layers_of(tower, grids))
+            engine_ms = wall_ms(encoding_of(engine, grids))
+            print(
+                f"    {name:14} {num_patches(grids):8} {floor_ms:8.2f} {layers_ms:8.2f} {layers_ms / floor_ms:7.2f} "
+                f"{engine_ms:8.2f}"
+            )
+        peak_gib = torch.cuda.max_memory_allocated() / 2**30
+        print(f"    peak {peak_gib:.2f} GiB; kernels of {options.profile}:")
+        print_kernels(layers_of(tower, BATCHES[options.profile]))
+        del tower, engine
+
+
+if __name__ == "__main__":
+    main()

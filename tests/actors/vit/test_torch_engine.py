@@ -1,0 +1,85 @@
+"""The torch engine: still images, clips and quanta of any size make the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.actors.vit.conftest import Checkpoint
+from vlmrt.actors.models.checkpoint_files import check_weight_files
+from vlmrt.actors.models.registry import family
+from vlmrt.actors.models.vision_grid import GridThw
+from vlmrt.actors.models.vision_tower import VisionTower
+from vlmrt.actors.vit.engines.engine import Pixels
+from vlmrt.actors.vit.engines.torch import TorchEngine
+from vlmrt.kernels.patchify import patchify
+
+CPU = torch.device("cpu")
+FRAMES = (1, 1, 4, 2, 1)
+SIZES = ((4, 6), (8, 10), (2, 4), (6, 6), (10, 18))  # patches
+
+
+def load_tower(checkpoint: Checkpoint) -> VisionTower:
+    files = check_weight_files(checkpoint.directory)
+    return family(checkpoint.config.model_type).load_vision(files, checkpoint.config, CPU, torch.float32)
+
+
+def batch(frames: Sequence[int]) -> tuple[list[Pixels], list[GridThw]]:
+    draw = np.random.default_rng(0)
+    images: list[Pixels] = [
+        draw.integers(0, 256, (count, 14 * height, 14 * width, 3), dtype=np.uint8)
+        for count, (height, width) in zip(frames, SIZES, strict=True)
+    ]
+    return images, [(-(-count // 2), height, width) for count, (height, width) in zip(frames, SIZES, strict=True)]
+
+
+def encode(engine: TorchEngine, images: list[Pixels], grids: list[GridThw]) -> tuple[Tensor, int]:
+    """(rows, quanta that it took)."""
+    run = engine.prepare(images, grids)
+    quanta = 1
+    while not engine.run_quantum(run):
+        quanta += 1
+    return engine.rows(run), quanta
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("frames", [(1, 1, 1, 1, 1), FRAMES, (2, 2, 4, 2, 2)])
+def test_still_images_and_clips_give_the_rows_of_the_full_patches(
+    checkpoint: Checkpoint, frames: tuple[int, ...]
+) -> None:
+    tower = load_tower(checkpoint)
+    images, grids = batch(frames)
+    rows, _ = encode(TorchEngine(tower, checkpoint.processing, CPU, 1.0), images, grids)
+    expected = tower(patchify([torch.from_numpy(image) for image in images], checkpoint.processing), grids)
+    assert (rows - expected).abs().max() <= 2e-6 * expected.abs().max()
+
+
+@torch.inference_mode()
+def test_the_kernel_of_a_still_image_is_the_sum_of_its_slices(one_checkpoint: Checkpoint) -> None:
+    tower = load_tower(one_checkpoint)
+    vision = one_checkpoint.config.vision
+    slices = tower.patch_embed.view(vision.embed_dim, 3, vision.temporal_patch_size, -1).double()
+    exact = slices.sum(2).view(vision.embed_dim, -1)
+    tower.to(torch.bfloat16)
+    rounded = tower.patch_embed.view(vision.embed_dim, 3, vision.temporal_patch_size, -1).float()
+    assert torch.equal(tower.patch_embed_still(), rounded.sum(2).bfloat16().view(vision.embed_dim, -1))
+    tower.to(torch.float32)
+    assert (load_tower(one_checkpoint).patch_embed_still() - exact).abs().max() <= 1e-7 * exact.abs().max()
+
+
+@torch.inference_mode()
+def test_the_length_of_a_quantum_changes_no_row(checkpoint: Checkpoint) -> None:
+    tower = load_tower(checkpoint)
+    images, grids = batch(FRAMES)
+    whole = TorchEngine(tower, checkpoint.processing, CPU, 1e6)
+    first, _ = encode(whole, images, grids)  # measures the time of a layer
+    rows, quanta = encode(whole, images, grids)
+    assert quanta == 1
+    assert torch.equal(rows, first)
+    rows, quanta = encode(TorchEngine(tower, checkpoint.processing, CPU, 1e-9), images, grids)
+    assert quanta == tower.num_layers
+    assert torch.equal(rows, first)
