@@ -1,6 +1,6 @@
 """Filtering of logits and a draw that depends on the row's seed and output position only."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,8 +12,19 @@ _LARGEST_BELOW_ONE = 1 - 2**-24
 
 
 @dataclass(frozen=True, slots=True)
+class LogitBias:
+    """What is added to single logits of each row, B at most; the token ids of a row are distinct."""
+
+    token_ids: Tensor  # int64 [R, B]; -1: no token
+    values: Tensor  # float32 [R, B]
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingBatch:
-    """How each of R rows is sampled. A row with temperature 0 takes its best token, whatever its other fields."""
+    """How each of R rows is sampled. A row with temperature 0 takes its best token, whatever its other fields.
+
+    With rows, the fields are tables that may have more rows than the batch: all but positions and rows itself.
+    """
 
     temperature: Tensor  # float32 [R]; 0: greedy
     top_p: Tensor  # float32 [R]; 1: off
@@ -31,6 +42,30 @@ class SamplingBatch:
     any_top_k: bool = True
     any_top_p: bool = True
     any_min_p: bool = True
+    logit_bias: LogitBias | None = None  # None: no row has one
+    rows: Tensor | None = None  # int64 [R]: where in the fields each row of the batch finds its own; None: at its index
+
+    def gathered(self) -> "SamplingBatch":
+        """The same batch with one row of each field for each of its own."""
+        rows = self.rows
+        if rows is None:
+            return self
+        mask, counts, bias = self.prompt_mask, self.output_counts, self.logit_bias
+        return replace(
+            self,
+            temperature=self.temperature[rows],
+            top_p=self.top_p[rows],
+            top_k=self.top_k[rows],
+            min_p=self.min_p[rows],
+            repetition_penalty=self.repetition_penalty[rows],
+            frequency_penalty=self.frequency_penalty[rows],
+            presence_penalty=self.presence_penalty[rows],
+            seeds=self.seeds[rows],
+            prompt_mask=None if mask is None else mask[rows],
+            output_counts=None if counts is None else counts[rows],
+            logit_bias=None if bias is None else LogitBias(bias.token_ids[rows], bias.values[rows]),
+            rows=None,
+        )
 
 
 def mix(x: Tensor) -> Tensor:
@@ -63,7 +98,10 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
 
 
 def sample_reference(logits: Tensor, batch: SamplingBatch) -> Tensor:
-    logits = penalised(logits, batch)
+    if batch.all_greedy and batch.prompt_mask is None and batch.logit_bias is None:
+        return logits.argmax(dim=-1)  # needs no field
+    batch = batch.gathered()
+    logits = penalised(biased(logits.float(), batch.logit_bias), batch)
     best = logits.argmax(dim=-1)  # the first of equals
     if batch.all_greedy:
         return best
@@ -72,6 +110,14 @@ def sample_reference(logits: Tensor, batch: SamplingBatch) -> Tensor:
     scaled = filtered(scaled, batch)
     drawn = (scaled + gumbel_noise(batch.seeds, batch.positions, logits.shape[1])).argmax(dim=-1)
     return torch.where(greedy, best, drawn)
+
+
+def biased(logits: Tensor, bias: LogitBias | None) -> Tensor:
+    """Logits with each row's bias added, before anything else sees them."""
+    if bias is None:
+        return logits
+    named = bias.token_ids >= 0
+    return logits.scatter_add(1, bias.token_ids.clamp(min=0), torch.where(named, bias.values, 0.0))
 
 
 def penalised(logits: Tensor, batch: SamplingBatch) -> Tensor:
@@ -110,10 +156,35 @@ def filtered(logits: Tensor, batch: SamplingBatch) -> Tensor:
 
 
 def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
-    """Choose one token per row: penalties, temperature, top-k, top-p, min-p, then a Gumbel-max draw.
+    """Choose one token per row: bias, penalties, temperature, top-k, top-p, min-p, then a Gumbel-max draw.
 
     The noise comes from (seed, output position, token index) through integer arithmetic, so a draw does not depend
     on the other rows, nor on how often or where a batch ran before.
-    Shapes: logits float32 [R, V] -> int64 [R]. Greedy rows take the lowest index among equals.
+    Shapes: logits float32 or bfloat16 [R, V] -> int64 [R]. Greedy rows take the lowest index among equals.
+    Cost on a GPU: two launches, one read of the logits; a row with a filter writes its logits once and reads parts of
+    them again.
     """
+    if logits.device.type == "cuda":
+        from vlmrt.kernels.triton.sampling import sample_triton
+
+        return sample_triton(logits, batch)
     return sample_reference(logits, batch)
+
+
+def logprobs_reference(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+    values = logits.log_softmax(dim=-1)
+    top_values, top_ids = values.topk(num_top, dim=-1)
+    return values.gather(1, token_ids[:, None])[:, 0], top_ids, top_values
+
+
+def logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of each row's token and of its num_top likeliest, from the model's own logits.
+
+    That is before bias, penalties and temperature. Which of equals are among the likeliest is not said.
+    Shapes: logits float32 or bfloat16 [R, V], token_ids int64 [R] -> float32 [R], int64 and float32 [R, num_top].
+    """
+    if logits.device.type == "cuda":
+        from vlmrt.kernels.triton.sampling import logprobs_triton
+
+        return logprobs_triton(logits, token_ids, num_top)
+    return logprobs_reference(logits.float(), token_ids, num_top)

@@ -15,7 +15,7 @@ from vlmrt.actors.llm.cpu_threads import CpuThreads
 from vlmrt.actors.llm.kv_cache import KvCache
 from vlmrt.actors.llm.sampler import Sampler
 from vlmrt.actors.llm.slots import PlanError, Slots
-from vlmrt.actors.llm.step_graphs import Recorded, StepGraphs, StepShape
+from vlmrt.actors.llm.step_graphs import StepGraphs, StepShape
 from vlmrt.actors.llm.transfer import all_to_device, to_device
 from vlmrt.actors.models.qwen2_vl.language import LanguageModel
 from vlmrt.kernels.embed_merge import embed_merge
@@ -32,7 +32,8 @@ class PendingStep:
 
     step: int
     batch: HostBatch
-    token_ids: Tensor  # int64 [R] on the host, valid once done has happened
+    token_ids: Tensor  # int64 on the host, valid once done has happened
+    rows: Ints | slice  # where the tokens of the batch's R rows that sample are among them
     done: torch.cuda.Event | None  # None: a CPU has finished when launch returns
     started_s: float
 
@@ -63,7 +64,7 @@ class Runner:
         """Record steps of these shapes on a GPU, while no sequence is in a slot."""
         with torch.inference_mode():
             columns = self._slots.block_table.shape[1]
-            self._graphs = StepGraphs(self._model, self._kv, self._sampler.last_tokens, columns, shapes)
+            self._graphs = StepGraphs(self._model, self._kv, self._sampler, columns, shapes)
 
     def attach(self, key: SlabKey, slab: EmbeddingSlab) -> None:
         """Take rows from this slab for slices that name it; the runner closes it."""
@@ -92,15 +93,14 @@ class Runner:
         if self._cpu_threads is not None:
             self._cpu_threads.set_for(batch.num_tokens)
         with torch.inference_mode():
-            for sequence in plan.admit:
-                self._sampler.admit(sequence.slot)
-            token_ids = self._run(batch)
+            self._sampler.admit([sequence.slot for sequence in plan.admit])
+            token_ids, rows = self._run(batch)
             done = None
             if self._device.type != "cpu":
                 token_ids = token_ids.to("cpu", non_blocking=True)
                 done = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 done.record()
-        return PendingStep(plan.step, batch, token_ids, done, started_s)
+        return PendingStep(plan.step, batch, token_ids, rows, done, started_s)
 
     def is_done(self, pending: PendingStep) -> bool:
         return pending.done is None or bool(pending.done.query())  # type: ignore[no-untyped-call]
@@ -109,37 +109,27 @@ class Runner:
         """Wait for a step, the oldest of those launched, and learn its tokens."""
         if pending.done is not None:
             pending.done.synchronize()
-        token_ids = pending.token_ids.numpy()
+        token_ids = pending.token_ids.numpy()[pending.rows]
         self._slots.learn(pending.batch.sample_slots, pending.batch.sample_admissions, token_ids)
         duration_ms = (time.perf_counter() - pending.started_s) * 1e3
         return StepResult(pending.step, tuple(token_ids.tolist()), duration_ms)
 
-    def _run(self, batch: HostBatch) -> Tensor:
-        """Sampled tokens of a batch, int64 [R] on the device."""
+    def _run(self, batch: HostBatch) -> tuple[Tensor, Ints | slice]:
+        """(tokens on the device, where among them those of the rows that sample are)."""
+        flags = self._slots.sampling.flags(batch.sample_slots)
         recorded = None if self._graphs is None else self._graphs.find(batch)
-        if self._graphs is None or recorded is None:
-            logits = self._logits(batch)
-        else:
-            logits = self._replay(self._graphs, recorded, batch)
-        if not len(batch.sample_sequences):
-            return torch.zeros(0, dtype=torch.int64)
-        return self._sampler.sample(logits, batch)
-
-    def _replay(self, graphs: StepGraphs, recorded: Recorded, batch: HostBatch) -> Tensor:
-        """Logits of the rows that sample, from a recorded step: float32 [R, vocab_size]."""
-        for rows, positions in self._images(batch.merges):
-            graphs.put_images(rows, to_device(recorded.places(positions, batch), self._device))
-        graphs.run(recorded, batch)
-        if batch.num_decodes == len(batch.sample_sequences) == len(batch.query_lens):
-            return recorded.logits[: batch.num_decodes]
-        return recorded.logits.index_select(0, to_device(recorded.places(batch.sample_sequences, batch), self._device))
-
-    def _logits(self, batch: HostBatch) -> Tensor:
-        """Logits of the rows that sample, of a batch of any shape: float32 [R, vocab_size]."""
+        if self._graphs is not None and recorded is not None:
+            for image_rows, image_positions in self._images(batch.merges):
+                self._graphs.put_images(image_rows, to_device(recorded.places(image_positions, batch), self._device))
+            return self._graphs.run(recorded, batch, flags), recorded.places(batch.sample_sequences, batch)
         hidden = self._forward(batch)
-        if not len(batch.sample_positions):
-            return hidden
-        return self._model.logits(hidden.index_select(0, to_device(batch.sample_positions, self._device)))
+        if not len(batch.sample_slots):
+            return torch.zeros(0, dtype=torch.int64), slice(None)
+        positions, slots, output_positions = all_to_device(
+            (batch.sample_positions, batch.sample_slots, batch.output_positions), self._device
+        )
+        logits = self._model.logits(hidden.index_select(0, positions))
+        return self._sampler.sample(logits, slots, output_positions, flags), slice(None)
 
     def _forward(self, batch: HostBatch) -> Tensor:
         """Hidden states [T, H] of a batch of any shape."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,6 +96,17 @@ class Slots:
 
 
 FLOAT_FIELDS = ("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+GREEDY_FLOATS = (0.0, 1.0, 0.0, 1.0, 0.0, 0.0)  # in the order of FLOAT_FIELDS: best token, nothing else in use
+
+
+class SamplingFlags(NamedTuple):
+    """What the rows of a batch need of the sampler; false skips a step that no row needs."""
+
+    all_greedy: bool
+    any_top_k: bool
+    any_top_p: bool
+    any_min_p: bool
+    any_penalties: bool
 
 
 class SlotSampling:
@@ -119,3 +131,13 @@ class SlotSampling:
         self.seed[slot] = sampling.seed
         penalties = (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty)
         self.penalised[slot] = penalties != (1.0, 0.0, 0.0)
+
+    def flags(self, slots: NDArray[np.int64]) -> SamplingFlags:
+        temperature, top_p, min_p = self.floats[:3, slots]
+        return SamplingFlags(
+            all_greedy=not temperature.any(),
+            any_top_k=bool(self.top_k[slots].any()),
+            any_top_p=bool((top_p < 1.0).any()),
+            any_min_p=bool(min_p.any()),
+            any_penalties=bool(self.penalised[slots].any()),
+        )

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from vlmrt.actors.llm.batch import HostBatch, Ints
 from vlmrt.actors.llm.kv_cache import KvCache
+from vlmrt.actors.llm.sampler import Sampler
+from vlmrt.actors.llm.slots import SamplingFlags
 from vlmrt.actors.models.qwen2_vl.language import LanguageModel
 from vlmrt.kernels.decode_inputs import decode_inputs
 from vlmrt.kernels.paged_attention import PagedBatch
@@ -27,6 +29,7 @@ DECODES = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, *range(64, MAX_DECODES + 1, 1
 DECODES_BESIDE_PREFILL = (16, 64, MAX_DECODES)
 CHUNK_TOKENS = (16, 64, 128, 256, 512, 1024)  # more keep the device busy for longer than their launches take
 MAX_CHUNKS = 8
+GREEDY = SamplingFlags(True, False, False, False, False)
 HIGHEST_PRIORITY = -1
 
 
@@ -162,7 +165,7 @@ class StepProgram:
         self.inputs = host.on(tables.device)
 
     def __call__(self) -> Tensor:
-        """Logits of the last token of every sequence, float32 [num_sequences, vocab_size]."""
+        """Logits of the last token of every sequence, [num_sequences, vocab_size]."""
         inputs, shape = self.inputs, self.shape
         num_decodes = shape.num_decodes
         token_ids, context_lens, block_tables = decode_inputs(
@@ -200,11 +203,13 @@ class StepProgram:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """A captured program and where its logits appear."""
+    """A captured program and its greedy sampling, each a graph of its own, and where their results appear."""
 
     program: StepProgram
-    graph: torch.cuda.CUDAGraph
+    forward: torch.cuda.CUDAGraph
     logits: Tensor
+    greedy: torch.cuda.CUDAGraph
+    token_ids: Tensor  # int64 [num_sequences]
 
     def places(self, indices: Ints, batch: HostBatch) -> Ints:
         """Where tokens, or sequences, of a batch lie among this step's."""
@@ -218,12 +223,14 @@ class StepGraphs:
         self,
         model: LanguageModel,
         kv: KvCache,
-        last_tokens: Tensor,
+        sampler: Sampler,
         num_columns: int,
         shapes: Sequence[StepShape],
     ) -> None:
-        """last_tokens: int64 [num_slots + 1], one more than there are for padding. num_columns: blocks of a slot."""
+        """num_columns: blocks of a slot."""
+        last_tokens = sampler.last_tokens
         device, dtype = last_tokens.device, kv[0][0].dtype
+        self._sampler = sampler
         self._tables = torch.zeros(len(last_tokens), num_columns, dtype=torch.int32, device=device)
         most_tokens = max(shape.num_all_tokens for shape in shapes)
         self._image_rows = torch.zeros(most_tokens, model.config.hidden_size, dtype=dtype, device=device)
@@ -260,19 +267,29 @@ class StepGraphs:
         """Image rows of the next step: [R, H] at int64 [R] places among its padded tokens."""
         self._image_rows.index_copy_(0, positions, rows.to(self._image_rows.dtype))
 
-    def run(self, recorded: Recorded, batch: HostBatch) -> None:
-        """Run a batch, whose image rows have been put; recorded.logits are its logits until the next run."""
-        device_inputs = recorded.program.inputs
-        buffer = torch.empty(device_inputs.buffer.shape, dtype=torch.int64, pin_memory=True)
-        columns = device_inputs.block_tables.shape[1]
+    def run(self, recorded: Recorded, batch: HostBatch, flags: SamplingFlags) -> Tensor:
+        """Run a batch, whose image rows have been put: int64 [num_sequences] tokens, valid until the next run."""
+        inputs = recorded.program.inputs
+        buffer = torch.empty(inputs.buffer.shape, dtype=torch.int64, pin_memory=True)
+        columns = inputs.block_tables.shape[1]
         Inputs(recorded.program.shape, columns, len(self._tables) - 1, buffer).fill(batch)
-        device_inputs.buffer.copy_(buffer, non_blocking=True)
-        recorded.graph.replay()
+        inputs.buffer.copy_(buffer, non_blocking=True)
+        recorded.forward.replay()
+        if not flags.all_greedy:
+            return self._sampler.sample(recorded.logits, inputs.slots, inputs.output_positions, flags)
+        recorded.greedy.replay()
+        return recorded.token_ids
 
     def _record(self, program: StepProgram, pool: Any, stream: torch.cuda.Stream) -> Recorded:
-        """Runs once outside the graph first: kernels are compiled and libraries ready before anything is captured."""
-        program()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        """Runs once outside the graphs first: kernels are compiled and libraries ready before anything is captured."""
+
+        def sample(logits: Tensor) -> Tensor:
+            return self._sampler.sample(logits, program.inputs.slots, program.inputs.output_positions, GREEDY)
+
+        sample(program())
+        forward, greedy = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(forward, pool=pool, stream=stream, capture_error_mode="thread_local"):
             logits = program()
-        return Recorded(program, graph, logits)
+        with torch.cuda.graph(greedy, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            token_ids = sample(logits)
+        return Recorded(program, forward, logits, greedy, token_ids)

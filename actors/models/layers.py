@@ -173,8 +173,8 @@ class VocabParallelEmbedding(nn.Module):
         return self.tp.all_reduce(rows.masked_fill_(elsewhere[:, None], 0))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[R, H] -> float32 [R, vocab_size], gathered from all ranks."""
-        return self.tp.all_gather(linear(hidden, self.weight)).float()[:, : self.vocab_size]
+        """[R, H] -> [R, vocab_size] in the weights' dtype, gathered from all ranks."""
+        return self.tp.all_gather(linear(hidden, self.weight))[:, : self.vocab_size]
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
         shape = (self.vocab_size, self.weight.shape[1])

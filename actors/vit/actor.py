@@ -6,10 +6,10 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, assert_never
+from typing import NamedTuple, Protocol, TypeVar, assert_never
 
 from vlmrt.actors.vit.batcher import EncodeQueue
-from vlmrt.actors.vit.encoder import Answer
+from vlmrt.actors.vit.encoder import Answer, EncodeBatch
 from vlmrt.actors.vit.loading import load_encoder
 from vlmrt.runtime.actor import ActorContext
 from vlmrt.runtime.errors import RequestError, VlmrtError
@@ -32,6 +32,8 @@ from vlmrt.runtime.messages import (
 SCHEDULER = ActorName("scheduler:0")
 MAX_QUEUED = 4096
 MAX_WATCH_INTERVAL_S = 1.0
+Given = TypeVar("Given")
+Result = TypeVar("Result")
 
 
 class BatchEncoder(Protocol):
@@ -42,9 +44,22 @@ class BatchEncoder(Protocol):
     @property
     def export(self) -> SlabExport: ...
 
-    def encode(self, batch: Sequence[Encode]) -> list[Answer]: ...
+    def begin(self, batch: Sequence[Encode]) -> EncodeBatch: ...
+
+    def issue(self, begun: EncodeBatch) -> None: ...
+
+    def finish(self, begun: EncodeBatch) -> list[Answer]: ...
 
     def close(self) -> None: ...
+
+
+class _Begun(NamedTuple):
+    """A batch between the queue and its answers."""
+
+    batch: EncodeBatch
+    num_images: int
+    epoch: Epoch | None  # of the scheduler that waits for it
+    started_s: float
 
 
 class EncodeStuck(VlmrtError):
@@ -103,33 +118,50 @@ class VitActor:
             self._encoder.close()
 
     async def _encode_forever(self, encoder: BatchEncoder) -> None:
+        """One batch after the other; the next is read while the device works through the last layers of this one."""
+        issued: _Begun | None = None
         while True:
-            await self._queued.wait()
-            await gate(self._context, "vit.encode")
-            batch = self._queue.take()
-            if not len(self._queue):
-                self._queued.clear()
-            if not batch:
-                continue
-            epoch = self._scheduler_epoch
-            started_s = time.perf_counter()
-            answers = await self._encode(encoder, batch)
-            self._count(len(batch), answers, time.perf_counter() - started_s)
-            if epoch == self._scheduler_epoch:
-                for answer in answers:
-                    self._context.outbox.send(SCHEDULER, answer)
+            if issued is None:
+                await self._queued.wait()
+            begun = await self._begin(encoder)
+            if issued is not None:
+                await self._finish(encoder, issued)
+            if begun is not None:
+                await self._in_thread(encoder, encoder.issue, begun.batch)
+            issued = begun
 
-    async def _encode(self, encoder: BatchEncoder, batch: Sequence[Encode]) -> list[Answer]:
-        """Run a batch in the thread.  Raises EncodeStuck when it no longer moves."""
+    async def _begin(self, encoder: BatchEncoder) -> _Begun | None:
+        """The next batch, if any image is queued."""
+        if not len(self._queue):
+            self._queued.clear()
+            return None
+        await gate(self._context, "vit.encode")
+        batch = self._queue.take()
+        if not len(self._queue):
+            self._queued.clear()
+        if not batch:
+            return None
+        epoch, started_s = self._scheduler_epoch, time.perf_counter()
+        return _Begun(await self._in_thread(encoder, encoder.begin, batch), len(batch), epoch, started_s)
+
+    async def _finish(self, encoder: BatchEncoder, begun: _Begun) -> None:
+        answers = await self._in_thread(encoder, encoder.finish, begun.batch)
+        self._count(begun.num_images, answers, time.perf_counter() - begun.started_s)
+        if begun.epoch == self._scheduler_epoch:
+            for answer in answers:
+                self._context.outbox.send(SCHEDULER, answer)
+
+    async def _in_thread(self, encoder: BatchEncoder, work: Callable[[Given], Result], given: Given) -> Result:
+        """Raises: EncodeStuck when the work no longer moves."""
         encoder.beat_s = time.monotonic()
         limit_s = self._context.config.supervision.step_timeout_s
-        answers = asyncio.get_running_loop().run_in_executor(self._executor, encoder.encode, batch)
+        result = asyncio.get_running_loop().run_in_executor(self._executor, work, given)
         while True:
-            done, _ = await asyncio.wait((answers,), timeout=min(MAX_WATCH_INTERVAL_S, limit_s / 4))
+            done, _ = await asyncio.wait((result,), timeout=min(MAX_WATCH_INTERVAL_S, limit_s / 4))
             if done:
-                return answers.result()
+                return result.result()
             if time.monotonic() - encoder.beat_s > limit_s:
-                raise EncodeStuck(f"{len(batch)} images: the tower has not moved for {limit_s:g} s (step_timeout_s)")
+                raise EncodeStuck(f"the tower has not moved for {limit_s:g} s (step_timeout_s)")
 
     def _count(self, num_images: int, answers: Sequence[Answer], seconds: float) -> None:
         metrics = self._context.metrics

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from vlmrt.actors.models.config import VisionConfig
+from vlmrt.actors.models.vision_tower import to_device
 from vlmrt.actors.vit.engines.engine import Pixels, VisionEngine
 from vlmrt.runtime.errors import RequestError
 from vlmrt.runtime.messages import ActorName, ArenaRef, EmbedsReady, Encode, EncodeFailed, Epoch, SlabExport
@@ -35,6 +38,16 @@ class Loaded(NamedTuple):
     num_rows: int
 
 
+@dataclass(slots=True)
+class EncodeBatch:
+    """Images on their way through begin, issue and finish."""
+
+    images: list[Loaded] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)  # known already
+    run: Any = None  # the engine's, between begin and issue
+    problem: str | None = None  # why the images cannot be encoded together
+
+
 class Encoder:
     """The engine, the slab it writes to and the arenas it reads from."""
 
@@ -55,59 +68,87 @@ class Encoder:
         self._reader.close()
         self.slab.close()
 
-    def encode(self, batch: Sequence[Encode]) -> list[Answer]:
-        """Encode a batch; an image that cannot be read or encoded fails alone.  Returns when the rows are in the slab.
+    def begin(self, batch: Sequence[Encode]) -> EncodeBatch:
+        """Read a batch's pixels and bring them to the device, behind what it is doing.
 
-        Raises: torch.AcceleratorError after a fault of the device, which only a new process can mend.
+        Raises: torch.AcceleratorError after a fault of the device, which only a new process can mend; so do the others.
         """
         self.beat_s = time.monotonic()
-        failed: list[Answer] = []
-        loaded: list[Loaded] = []
+        begun = EncodeBatch()
         for encode in batch:
             try:
-                loaded.append(self._load(encode))
+                begun.images.append(self._load(encode))
             except RequestError as error:
-                failed.append(EncodeFailed(encode.encode_id, error.to_wire()))
-        return failed + self._run(loaded)
+                begun.answers.append(EncodeFailed(encode.encode_id, error.to_wire()))
+        if begun.images:
+            begun.problem = self._try(partial(self._prepare, begun))
+        return begun
 
-    def _run(self, images: Sequence[Loaded]) -> list[Answer]:
-        """All images in one forward; where that fails, each in its own."""
-        if not images:
-            return []
+    def issue(self, begun: EncodeBatch) -> None:
+        """Run all layers; returns when the last ones and the copy into the slab are queued on the device."""
+        if begun.images and begun.problem is None:
+            begun.problem = self._try(partial(self._run_layers, begun))
+
+    def finish(self, begun: EncodeBatch) -> list[Answer]:
+        """One answer for each image, when the rows are in the slab; those of a batch that failed are tried alone."""
+        if begun.problem is None:
+            self._wait()
+            ready = [EmbedsReady(image.encode.encode_id, image.num_rows) for image in begun.images]
+            return begun.answers + ready
+        if self._on_cuda:
+            torch.cuda.empty_cache()
+        if len(begun.images) == 1:
+            failure = RequestError(f"image cannot be encoded: {begun.problem}", status=500, code="encode_failed")
+            return [*begun.answers, EncodeFailed(begun.images[0].encode.encode_id, failure.to_wire())]
+        for image in begun.images:
+            alone = EncodeBatch(images=[image])
+            alone.problem = self._try(partial(self._prepare, alone))
+            self.issue(alone)
+            begun.answers += self.finish(alone)
+        return begun.answers
+
+    def _try(self, work: Callable[[], None]) -> str | None:
+        """What went wrong; None if nothing did.  The error itself is let go: its traceback holds the work's tensors."""
         try:
-            return self._forward(images)
+            work()
         except torch.AcceleratorError:
             raise
         except torch.OutOfMemoryError:
-            problem = "the vision tower ran out of GPU memory: lower --max-pixels, or give the image smaller"
+            return "the vision tower ran out of GPU memory: lower --max-pixels, or give the image smaller"
         except Exception as error:
-            problem = repr(error)
-        # Out of the except clauses, so that the error's traceback no longer holds the tensors of what failed.
-        if self.slab.tensor().device.type == "cuda":
-            torch.cuda.empty_cache()
-        if len(images) > 1:
-            return [answer for image in images for answer in self._run([image])]
-        failure = RequestError(f"image cannot be encoded: {problem}", status=500, code="encode_failed")
-        return [EncodeFailed(images[0].encode.encode_id, failure.to_wire())]
+            return repr(error)
+        return None
 
-    def _forward(self, images: Sequence[Loaded]) -> list[Answer]:
-        run = self._engine.prepare([image.pixels for image in images], [image.encode.grid_thw for image in images])
+    def _prepare(self, begun: EncodeBatch) -> None:
+        images = begun.images
+        begun.run = self._engine.prepare(
+            [image.pixels for image in images], [image.encode.grid_thw for image in images]
+        )
         self.beat_s = time.monotonic()
+
+    def _run_layers(self, begun: EncodeBatch) -> None:
+        run, begun.run = begun.run, None  # let go of here, whatever happens
         while not self._engine.run_quantum(run):
             self.beat_s = time.monotonic()
         rows = self._engine.rows(run)
         index = np.concatenate(
-            [row_index(image.encode.pages, 0, image.num_rows, self.slab.page_rows) for image in images]
+            [row_index(image.encode.pages, 0, image.num_rows, self.slab.page_rows) for image in begun.images]
         )
         if rows.shape != (len(index), self._vision.out_hidden_size):
             raise ValueError(f"the engine gave rows {list(rows.shape)} for {len(index)} places")
         with torch.inference_mode():
             target = self.slab.tensor()
-            target.index_copy_(0, torch.from_numpy(index).to(target.device), rows.to(target.dtype))
-        if target.device.type == "cuda":
-            torch.cuda.current_stream(target.device).synchronize()
+            target.index_copy_(0, to_device(index, target.device), rows.to(target.dtype))
         self.beat_s = time.monotonic()
-        return [EmbedsReady(image.encode.encode_id, image.num_rows) for image in images]
+
+    @property
+    def _on_cuda(self) -> bool:
+        return self.slab.tensor().device.type == "cuda"
+
+    def _wait(self) -> None:
+        if self._on_cuda:
+            torch.cuda.current_stream(self.slab.tensor().device).synchronize()
+        self.beat_s = time.monotonic()
 
     def _load(self, encode: Encode) -> Loaded:
         """Raises: RequestError if the message contradicts itself, the slab or the arena."""

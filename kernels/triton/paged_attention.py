@@ -143,8 +143,12 @@ def _decode_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One split of the context of one row, for the query heads of one KV head."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     split = tl.program_id(0)
     num_splits = tl.num_programs(0)
     kv_head = tl.program_id(1)
@@ -220,8 +224,12 @@ def _combine_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Average of one row's and head's splits by their weights; the splits that had nothing to read are left out."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0)
     row_head = row.to(tl.int64) * NUM_HEADS + tl.program_id(1)
     context = tl.load(context_lens + row)
@@ -429,6 +437,7 @@ def _launch_decode(
     constants: dict[str, int],
 ) -> None:
     rows, num_heads, num_kv_heads = batch.num_decodes, q.shape[1], k_cache.shape[2]
+    overlap = _overlap(q.device)
     partial_out, partial_lse = out, out
     if num_splits > 1:
         parts = (rows, num_heads, num_splits)
@@ -451,6 +460,7 @@ def _launch_decode(
         SPLIT=num_splits > 1,
         num_warps=DECODE.num_warps,
         num_stages=DECODE.num_stages,
+        **overlap,
     )
     if num_splits > 1:
         _combine_kernel[(rows, num_heads)](
@@ -461,6 +471,7 @@ def _launch_decode(
             **_combine_constants(constants),
             NUM_SPLITS=num_splits,
             num_warps=4,
+            **overlap,
         )
 
 
@@ -525,6 +536,14 @@ def _combine_constants(constants: dict[str, int]) -> dict[str, int]:
 
 
 @functools.cache
+def _overlap(device: torch.device) -> dict[str, bool]:
+    """Programmatic dependent launch, where the GPU has it: programs are placed while the kernel in front still runs."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
+
+
+@functools.cache
 def _num_sms(device: torch.device) -> int:
     if device.type != "cuda":  # the interpreter
         return 4
@@ -545,7 +564,7 @@ def compile_specs() -> list[CompileSpec]:
     for model, num_heads, num_kv_heads in (("2b", 12, 2), ("7b", 28, 4)):
         q = torch.empty(1, num_heads, 128, device="meta")
         constants = _constants(q, torch.empty(1, 16, num_kv_heads, 128, device="meta"), None)
-        tile = {"BLOCK_M": 16, "BLOCK_N": DECODE.block_n, "SPLIT": True}
+        tile = {"BLOCK_M": 16, "BLOCK_N": DECODE.block_n, "SPLIT": True, "PDL": False}
         decode = CompileSpec(
             f"paged_attention_decode_{model}",
             _decode_kernel,
@@ -569,7 +588,7 @@ def compile_specs() -> list[CompileSpec]:
         "paged_attention_combine",
         _combine_kernel,
         {**partials, "context_lens": "*i32", "out": "*bf16"},
-        {**_combine_constants(constants), "NUM_SPLITS": MAX_SPLITS},
+        {**_combine_constants(constants), "NUM_SPLITS": MAX_SPLITS, "PDL": False},
         4,
         3,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.exactness import normal
-from vlmrt.kernels.sampling import SamplingBatch, gumbel_noise, mix, sample
+from vlmrt.kernels.sampling import LogitBias, SamplingBatch, gumbel_noise, logprobs, mix, sample
 
 CHI_SQUARE_39 = 62.4  # a statistic with 39 degrees of freedom exceeds it once in a hundred times
 
@@ -142,3 +143,42 @@ def test_penalties_are_applied_in_order_to_prompt_and_output() -> None:
     assert sample(logits, batch(1, **penalised, repetition_penalty=1e6)).item() == 3
     # 2 / 4 = 0.5, -2 * 4 = -8, 2 / 4 - 3 * 0.5 = -1, 2.1 / 4 - 0.5 = 0.025, 0
     assert sample(logits, batch(1, **penalised, repetition_penalty=4.0, frequency_penalty=0.5)).item() == 0
+
+
+def test_a_bias_is_added_to_the_logits_before_all_else() -> None:
+    logits = torch.tensor([[1.0, 2.0, 3.0, 2.5], [1.0, 2.0, 3.0, 2.5]])
+    bias = LogitBias(torch.tensor([[0, 2, -1], [-1, -1, -1]]), torch.tensor([[1.6, -100.0, 9.0], [9.0, 9.0, 9.0]]))
+    greedy = {"temperature": 0.0, "all_greedy": True, "logit_bias": bias}
+    assert sample(logits, batch(2, **greedy)).tolist() == [0, 2]
+    # 1 + 1.6 is positive when the penalty divides it by 1.1: 2.36 is below 2.5
+    seen = {"prompt_mask": torch.tensor([[True, False, False, False]] * 2), "output_counts": torch.zeros(2, 4).int()}
+    assert sample(logits, batch(2, **greedy, **seen, repetition_penalty=1.1)).tolist() == [3, 2]
+    drawn = sample(
+        logits[:1].expand(500, -1),
+        batch(500, logit_bias=LogitBias(*(each[:1].expand(500, -1) for each in (bias.token_ids, bias.values)))),
+    )
+    assert set(drawn.tolist()) == {0, 1, 3}
+
+
+def test_rows_choose_the_fields_of_a_batch() -> None:
+    logits = normal(3, 50)
+    fields: dict[str, list[float]] = {
+        "temperature": [0.0, 1.0, 0.7, 2.0],
+        "top_p": [1.0, 0.9, 1.0, 0.5],
+        "top_k": [0, 5, 9, 0],
+    }
+    seeds, rows, positions = torch.tensor([5, 6, 7, 8]), torch.tensor([3, 0, 2]), torch.arange(3)
+    table = replace(batch(4, seeds=seeds, positions=positions, **fields), rows=rows)
+    own = {name: [values[row] for row in rows.tolist()] for name, values in fields.items()}
+    assert torch.equal(sample(logits, table), sample(logits, batch(3, seeds=seeds[rows], positions=positions, **own)))
+
+
+def test_logprobs_are_those_of_the_softmax() -> None:
+    logits = normal(4, 60)
+    exact = logits.double().softmax(-1).log()
+    token_ids = torch.tensor([3, 0, 59, 7])
+    chosen, top_ids, top_values = logprobs(logits, token_ids, 5)
+    assert torch.allclose(chosen.double(), exact[torch.arange(4), token_ids], atol=1e-6)
+    assert torch.equal(top_ids, exact.argsort(dim=-1, descending=True)[:, :5])
+    assert torch.allclose(top_values.double(), exact.gather(1, top_ids), atol=1e-6)
+    assert logprobs(logits, token_ids, 0)[1].shape == (4, 0)

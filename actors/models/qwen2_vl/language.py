@@ -127,7 +127,7 @@ class LanguageModel(nn.Module):
         return layer.input_layernorm
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits of chosen rows after the final norm: [R, H] -> float32 [R, vocab_size], gathered over ranks."""
+        """Logits of chosen rows after the final norm: [R, H] -> [R, vocab_size], gathered over ranks."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         return head.logits(hidden)
 

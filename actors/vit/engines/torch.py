@@ -34,7 +34,7 @@ class Mark:
             self._event.synchronize()
 
     def seconds_since(self, earlier: Mark) -> float:
-        """Both have been waited for."""
+        """Both have been reached."""
         if self._event is None or earlier._event is None:
             return self._reached_s - earlier._reached_s
         return float(earlier._event.elapsed_time(self._event)) / 1e3

@@ -13,7 +13,7 @@ from tests.actors.llm.conftest import Checkpoint
 from tests.actors.llm.driver import Driver, Request, make_runner
 from vlmrt.actors.llm.batch import build_batch
 from vlmrt.actors.llm.sampler import Sampler
-from vlmrt.actors.llm.slots import Slots
+from vlmrt.actors.llm.slots import SamplingFlags, Slots
 from vlmrt.actors.models.layers import TensorParallel
 from vlmrt.runtime.messages import NewSequence, RequestId, Sampling, StepPlan, StepRow
 
@@ -42,10 +42,11 @@ class Bench:
         rows = tuple(StepRow(slot, lengths[slot] - 1, 1, (), True) for slot in slots)
         admit = tuple(self.to_admit.values())
         batch = build_batch(StepPlan(0, tuple(self.to_release), admit, rows), self.slots, 2)
-        for sequence in admit:
-            self.sampler.admit(sequence.slot)
+        self.sampler.admit([sequence.slot for sequence in admit])
         self.to_release, self.to_admit = [], {}
-        token_ids = self.sampler.sample(logits, batch)
+        flags = self.slots.sampling.flags(batch.sample_slots)
+        at, positions = torch.from_numpy(batch.sample_slots), torch.from_numpy(batch.output_positions)
+        token_ids = self.sampler.sample(logits, at, positions, flags)
         self.slots.learn(batch.sample_slots, batch.sample_admissions, token_ids.numpy())
         return token_ids.tolist()
 
@@ -103,6 +104,91 @@ def test_a_slot_s_next_sequence_inherits_no_counts() -> None:
         bench.admit(0, [3], 1, sampling)
         assert bench.sample([0], logits) == [3]
         assert bench.sample([0], logits) == [0]
+
+
+def test_padding_rows_sample_from_no_slot_and_leave_the_others_alone() -> None:
+    bench = Bench()
+    asked = Sampling(temperature=0.0, presence_penalty=2.0)
+    for slot in (1, 3):
+        bench.admit(slot, [5, 6], 2, asked)
+    assert bench.sample([1, 3], torch.eye(VOCAB_SIZE)[[7, 8]]) == [7, 8]
+    before = bench.sampler.last_tokens.clone()
+    logits = torch.eye(VOCAB_SIZE)[[7, 20, 21]] + 0.1 * torch.eye(VOCAB_SIZE)[[9, 22, 22]]
+    scratch = len(bench.slots)
+    flags = bench.slots.sampling.flags(np.array([1]))
+    slots = torch.tensor([1, scratch, scratch])
+    token_ids = bench.sampler.sample(logits, slots, torch.tensor([1, 0, 0]), flags)
+    assert token_ids.tolist() == [9, 20, 21]  # 7 has been generated in slot 1
+    assert bench.sampler.last_tokens[:scratch].tolist() == [*before[:1], 9, *before[2:scratch]]
+    # what the padding wrote has no part in what it samples next
+    assert bench.sampler.sample(logits, slots, torch.tensor([2, 1, 1]), flags)[1:].tolist() == [20, 21]
+
+
+def test_flags_say_what_the_rows_of_a_batch_need_and_nothing_of_others() -> None:
+    slots = Slots(5, 100, 100)
+    asked = (
+        Sampling(temperature=0.0),
+        Sampling(temperature=0.5, top_p=0.9),
+        Sampling(temperature=1.0, top_k=3),
+        Sampling(temperature=1.0, min_p=0.1),
+        Sampling(temperature=0.0, repetition_penalty=1.1),
+    )
+    for slot, sampling in enumerate(asked):
+        slots.admit(NewSequence(slot, RequestId("r"), (1,), 1, (), 0, sampling, (slot,)))
+    flags = [slots.sampling.flags(np.array([slot])) for slot in range(5)]
+    assert flags == [
+        SamplingFlags(True, False, False, False, False),
+        SamplingFlags(False, False, True, False, False),
+        SamplingFlags(False, True, False, False, False),
+        SamplingFlags(False, False, False, True, False),
+        SamplingFlags(True, False, False, False, True),
+    ]
+    assert slots.sampling.flags(np.arange(5)) == SamplingFlags(False, True, True, True, True)
+
+
+def test_a_slot_s_fields_are_those_of_its_last_admission() -> None:
+    bench = Bench()
+    logits = torch.arange(VOCAB_SIZE).float()[None] * 0.01
+    drawn = []
+    for seed in (3, 4, 3):
+        bench.admit(2, [1], 1, Sampling(temperature=1.0, seed=seed))
+        drawn.append([bench.sample([2], logits)[0] for _ in range(8)])
+    assert drawn[0] == drawn[2] != drawn[1]
+    bench.admit(2, [1], 1, Sampling(temperature=0.0))
+    assert bench.sample([2], logits) == [VOCAB_SIZE - 1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_captured_sampler_follows_the_slots_in_its_buffers() -> None:
+    num_slots, vocab_size, device = 12, 20_011, torch.device("cuda")
+    slots = Slots(num_slots, 100, 100)
+    samplers = [Sampler(slots, vocab_size, device) for _ in range(2)]
+    asked = (*DRAWS, Sampling(temperature=0.0, presence_penalty=0.5))
+    for slot in range(num_slots):
+        sampling = asked[slot % len(asked)]
+        slots.admit(NewSequence(slot, RequestId("r"), (slot, 5), 2, (), 0, sampling, (slot,)))
+    for sampler in samplers:
+        sampler.admit(range(num_slots))
+    captured, eager = samplers
+    logits = torch.empty(8, vocab_size, device=device, dtype=torch.bfloat16)
+    rows = torch.full((8,), num_slots, device=device)
+    positions = torch.zeros(8, dtype=torch.int64, device=device)
+    flags = slots.sampling.flags(np.arange(num_slots))
+    logits.normal_()
+    captured.sample(logits, rows, positions, flags)  # writes to the scratch row
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        token_ids = captured.sample(logits, rows, positions, flags)
+    for step in range(6):
+        logits.normal_(std=2.0)
+        rows.fill_(num_slots)
+        rows[:6] = torch.randperm(num_slots, device=device)[:6]
+        positions.fill_(step)
+        graph.replay()
+        assert torch.equal(token_ids[:6], eager.sample(logits[:6], rows[:6], positions[:6], flags))
+        assert torch.equal(captured.last_tokens[:num_slots], eager.last_tokens[:num_slots])
 
 
 DRAWS = (

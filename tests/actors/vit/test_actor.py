@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -21,9 +22,9 @@ from transformers import Qwen2VLImageProcessorPil
 from tests.actors.vit.conftest import Checkpoint
 from tests.support import FakeContext, FakeMemory, make_config, peer_down, peer_up
 from vlmrt.actors.vit.actor import EncodeStuck, VitActor
-from vlmrt.actors.vit.encoder import Answer
+from vlmrt.actors.vit.encoder import Answer, EncodeBatch
 from vlmrt.actors.vit.engines.engine import Pixels
-from vlmrt.actors.vit.engines.torch import TorchEngine
+from vlmrt.actors.vit.engines.torch import TorchEngine, TorchRun
 from vlmrt.runtime.actor import ActorContext
 from vlmrt.runtime.config import MemoryOptions, ParallelOptions, SupervisionOptions
 from vlmrt.runtime.errors import StartupError
@@ -232,6 +233,32 @@ async def test_an_image_that_breaks_a_batch_fails_alone(
             assert_close(bench.rows(messages[index], 4), pictures[index].rows(one_checkpoint))
 
 
+async def test_images_are_tried_alone_after_the_memory_of_the_failed_batch_is_free(
+    one_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = TorchEngine.rows
+    workspace: list[weakref.ref[Tensor]] = []
+
+    def scarce(self: TorchEngine, run: TorchRun) -> Tensor:
+        still_held = [tensor for tensor in workspace if tensor() is not None]
+        workspace.append(weakref.ref(run.state.x))
+        if still_held or len(run.state.x) > 16:
+            raise torch.OutOfMemoryError("too much at once")
+        return rows(self, run)
+
+    async with running(one_checkpoint, tmp_path) as bench:
+        monkeypatch.setattr(TorchEngine, "rows", scarce)
+        held = bench.hold("vit.encode")
+        messages = [bench.message(picture(seed, (4, 4))) for seed in range(3)]
+        for message in messages:
+            await bench.encode(message)
+        held.unlink()
+        answers = await bench.answers(3)
+        assert [answers[message.encode_id] for message in messages] == [
+            EmbedsReady(message.encode_id, 4) for message in messages
+        ]
+
+
 async def test_a_cancelled_image_is_answered_and_not_encoded(one_checkpoint: Checkpoint, tmp_path: Path) -> None:
     async with running(one_checkpoint, tmp_path, max_patches=16) as bench:
         held = bench.hold("vit.encode")
@@ -266,7 +293,7 @@ async def test_what_a_dead_scheduler_asked_for_is_dropped(one_checkpoint: Checkp
 
 
 class FakeEncoder:
-    """Waits in `encode` until `open` is set."""
+    """Waits in `issue` until `open` is set."""
 
     def __init__(self) -> None:
         self.beat_s = 0.0
@@ -274,11 +301,16 @@ class FakeEncoder:
         self.open = threading.Event()
         self.error: Exception | None = None
 
-    def encode(self, batch: Sequence[Encode]) -> list[Answer]:
+    def begin(self, batch: Sequence[Encode]) -> EncodeBatch:
+        return EncodeBatch(answers=[EmbedsReady(encode.encode_id, 1) for encode in batch])
+
+    def issue(self, begun: EncodeBatch) -> None:
         assert self.open.wait(30)
         if self.error is not None:
             raise self.error
-        return [EmbedsReady(encode.encode_id, 1) for encode in batch]
+
+    def finish(self, begun: EncodeBatch) -> list[Answer]:
+        return begun.answers
 
     def close(self) -> None:
         pass
