@@ -90,7 +90,12 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
     memory.add_argument("--no-embedding-caching", action="store_true", help="encode every image of every request")
 
     limits = parser.add_argument_group("limits")
-    limits.add_argument("--max-num-seqs", type=positive_int, default=64, metavar="N", help="requests that run at once")
+    limits.add_argument(
+        "--max-num-seqs",
+        type=positive_int,
+        metavar="N",
+        help="requests that run at once; default: 256 on a GPU, else 64",
+    )
     limits.add_argument("--max-waiting", type=positive_int, default=256, metavar="N", help="more are refused with 429")
     limits.add_argument(
         "--preset",
@@ -103,13 +108,13 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
         type=non_negative_float,
         metavar="MS",
         help="prefill beside decoding streams is bounded so that a step takes no longer; 0: no bound; "
-        "default: interactive 40 on a GPU, else none",
+        "default: interactive 30 on a GPU, else none",
     )
     limits.add_argument(
         "--max-num-batched-tokens",
         type=positive_int,
         metavar="N",
-        help="of one step; default: interactive 1024, throughput 8192",
+        help="of one step; default: interactive 4096 on a GPU, else 1024; throughput 8192",
     )
     limits.add_argument("--request-timeout-s", type=positive_float, default=600.0, metavar="S")
     limits.add_argument("--max-body-mib", type=positive_int, default=64, metavar="MIB", help="more is refused with 413")

@@ -49,10 +49,15 @@ class Preset(NamedTuple):
     """What --preset stands for."""
 
     itl_target_ms: float | None  # on a GPU: a step on a CPU takes longer than any such target by itself
-    max_num_batched_tokens: int
+    max_num_batched_tokens: dict[Device, int]
 
 
-PRESETS = {"interactive": Preset(40.0, 1024), "throughput": Preset(None, 8192)}
+# A GPU's long steps are bounded by the target where somebody reads along, and by nothing where nobody does.
+PRESETS = {
+    "interactive": Preset(30.0, {"cpu": 1024, "cuda": 4096}),
+    "throughput": Preset(None, {"cpu": 8192, "cuda": 8192}),
+}
+DEFAULT_MAX_NUM_SEQS: dict[Device, int] = {"cpu": 64, "cuda": 256}
 
 
 def launch(arguments: argparse.Namespace) -> int:
@@ -88,9 +93,10 @@ def build_config(arguments: argparse.Namespace) -> tuple[Config, ModelConfig]:
         model=model_options(arguments, directory, model),
         server=server_options(arguments),
         scheduling=SchedulingOptions(
-            max_num_seqs=arguments.max_num_seqs,
+            max_num_seqs=arguments.max_num_seqs or DEFAULT_MAX_NUM_SEQS[device],
             max_waiting=arguments.max_waiting,
-            max_num_batched_tokens=arguments.max_num_batched_tokens or PRESETS[arguments.preset].max_num_batched_tokens,
+            max_num_batched_tokens=arguments.max_num_batched_tokens
+            or PRESETS[arguments.preset].max_num_batched_tokens[device],
             itl_target_ms=itl_target_ms(arguments.itl_target_ms, arguments.preset, device),
             prefix_caching=not arguments.no_prefix_caching,
             embedding_caching=not arguments.no_embedding_caching,

@@ -46,7 +46,16 @@ def test_patches_see_their_segment_and_nothing_else(
 
 @pytest.mark.parametrize(
     ("head_dim", "parts"),
-    [(80, (64, 16)), (64, (64, 0)), (128, (128, 0)), (20, (32, 0)), (72, (64, 16)), (8, (16, 0)), (120, (128, 0))],
+    [
+        (80, (64, 16)),
+        (64, (64, 0)),
+        (128, (128, 0)),
+        (20, (32, 0)),
+        (72, (128, 0)),
+        (96, (64, 32)),
+        (8, (16, 0)),
+        (120, (128, 0)),
+    ],
 )
 def test_a_head_is_cut_into_powers_of_two(head_dim: int, parts: tuple[int, int]) -> None:
     assert head_parts(head_dim) == parts
