@@ -120,12 +120,12 @@ def test_a_prompt_runs_whole_where_nothing_decodes() -> None:
 
 def test_options_resolve_to_a_target() -> None:
     interactive = build_parser().parse_args(["launch"])
-    assert itl_target_ms(interactive.itl_target_ms, interactive.preset, "cuda") == 40.0
+    assert itl_target_ms(interactive.itl_target_ms, interactive.preset, "cuda") == 30.0
     assert itl_target_ms(interactive.itl_target_ms, interactive.preset, "cpu") is None
     assert itl_target_ms(None, "throughput", "cuda") is None
     assert itl_target_ms(0.0, "interactive", "cuda") is None
     assert itl_target_ms(25.0, "throughput", "cpu") == 25.0
-    assert PRESETS["throughput"].max_num_batched_tokens > PRESETS["interactive"].max_num_batched_tokens
+    assert PRESETS["throughput"].max_num_batched_tokens["cuda"] > PRESETS["interactive"].max_num_batched_tokens["cuda"]
 
 
 @pytest.mark.parametrize("wrong", [["--itl-target-ms", "-1"], ["--itl-target-ms", "nan"], ["--preset", "fast"]])
