@@ -14,7 +14,7 @@ from vlmrt.actors.models.layers import (
     TensorParallel,
     VocabParallelEmbedding,
 )
-from vlmrt.kernels.linear import MAX_FUSED_ROWS, RmsNorm, gated_linear, linear
+from vlmrt.kernels.linear import gated_linear
 from vlmrt.kernels.paged_attention import PagedBatch, paged_attention
 from vlmrt.kernels.rms_norm import add_rms_norm, rms_norm
 from vlmrt.kernels.rope_and_cache import rope_and_cache
@@ -113,8 +113,6 @@ class LanguageModel(nn.Module):
         Shapes: hidden [T, H], cos and sin from rotary, kv per layer (k, v) caches [num_blocks, block_size, Hkv / tp,
         head_dim] -> [T, H] after the final norm.
         """
-        if hidden.device.type == "cuda" and hidden.shape[0] <= MAX_FUSED_ROWS and self.embed_tokens.tp.size == 1:
-            return self._forward_few(hidden, cos, sin, kv, batch)
         residual = hidden
         x = rms_norm(hidden, self._input_norm(0).weight, self.config.rms_norm_eps)
         for index, (layer, cache) in enumerate(zip(self.layers, kv, strict=True)):
@@ -127,21 +125,6 @@ class LanguageModel(nn.Module):
             norm = self._input_norm(index + 1)
             x, residual = add_rms_norm(x, residual, norm.weight, norm.eps)
         return x
-
-    def _forward_few(
-        self, x: Tensor, cos: Tensor, sin: Tensor, kv: Sequence[tuple[Tensor, Tensor]], batch: PagedBatch
-    ) -> Tensor:
-        """forward, with norms and residual additions inside the products: for a row or two that is fewer launches."""
-        for layer, cache in zip(self.layers, kv, strict=True):
-            assert isinstance(layer, DecoderLayer)
-            attention, norm = layer.self_attn, layer.input_layernorm
-            qkv = linear(x, attention.qkv_proj.weight, norm=RmsNorm(norm.weight, norm.eps))
-            attended = attention.attend(qkv, attention.qkv_proj.bias, cos, sin, cache, batch)
-            x = linear(attended, attention.o_proj.weight, residual=x)
-            norm = layer.post_attention_layernorm
-            gated = gated_linear(x, layer.gate_up_proj.weight, norm=RmsNorm(norm.weight, norm.eps))
-            x = linear(gated, layer.down_proj.weight, residual=x)
-        return rms_norm(x, self.norm.weight, self.norm.eps)
 
     def _input_norm(self, index: int) -> Norm:
         """The norm before a layer; the final one after the last."""
