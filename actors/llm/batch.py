@@ -143,11 +143,8 @@ def _positions(
     """[3, T]: generated tokens by their slot's rope_delta, all at once; only rows within a prompt with media alone."""
     generated = index >= slots.num_prompt_tokens[slot_of]
     text = index + np.where(generated, slots.rope_delta[slot_of], 0)
-    positions = np.broadcast_to(text, (3, len(index)))
+    positions = np.repeat(text[None], 3, axis=0)
     with_media = np.flatnonzero(slots.has_spans[slot] & (start < slots.num_prompt_tokens[slot]))
-    if not len(with_media):
-        return positions
-    positions = positions.copy()
     for row in with_media.tolist():
         at = int(slot[row])
         positions[:, cu_seqlens[row] : cu_seqlens[row + 1]] = mrope_positions(

@@ -117,6 +117,7 @@ class SlotSampling:
         self.top_k = np.zeros(num_slots, np.int64)
         self.seed = np.zeros(num_slots, np.int64)
         self.penalised = np.zeros(num_slots, np.bool_)  # any of the three penalties is in use
+        self._needs = np.zeros(num_slots, np.int64)  # a bit for each field of SamplingFlags
 
     def put(self, slot: int, sampling: Sampling) -> None:
         self.floats[:, slot] = (
@@ -131,13 +132,9 @@ class SlotSampling:
         self.seed[slot] = sampling.seed
         penalties = (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty)
         self.penalised[slot] = penalties != (1.0, 0.0, 0.0)
+        needs = (sampling.temperature > 0, sampling.top_k, sampling.top_p < 1, sampling.min_p, self.penalised[slot])
+        self._needs[slot] = sum(1 << bit for bit, need in enumerate(needs) if need)
 
     def flags(self, slots: NDArray[np.int64]) -> SamplingFlags:
-        temperature, top_p, min_p = self.floats[:3, slots]
-        return SamplingFlags(
-            all_greedy=not temperature.any(),
-            any_top_k=bool(self.top_k[slots].any()),
-            any_top_p=bool((top_p < 1.0).any()),
-            any_min_p=bool(min_p.any()),
-            any_penalties=bool(self.penalised[slots].any()),
-        )
+        needs = int(np.bitwise_or.reduce(self._needs[slots]))
+        return SamplingFlags(not needs & 1, bool(needs & 2), bool(needs & 4), bool(needs & 8), bool(needs & 16))

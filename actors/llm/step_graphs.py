@@ -7,9 +7,9 @@ fixed number of each; a step runs in the smallest that holds it, the rest being 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from vlmrt.actors.llm.slots import SamplingFlags
 from vlmrt.actors.models.qwen2_vl.language import LanguageModel
 from vlmrt.kernels.decode_inputs import decode_inputs
 from vlmrt.kernels.paged_attention import PagedBatch
+
+Array = TypeVar("Array", Tensor, Ints)
 
 MAX_DECODES = 256
 # Close together where a step is short, 16 apart where reading the weights is most of it.
@@ -63,82 +65,99 @@ def places(shape: StepShape, indices: Ints, batch: HostBatch) -> Ints:
     return np.where(indices < batch.num_decodes, indices, indices + shape.num_decodes - batch.num_decodes)
 
 
-class Inputs:
-    """What changes from step to step, as views of one int64 buffer that is filled by one copy."""
+def input_shapes(shape: StepShape, num_columns: int) -> dict[str, tuple[int, ...]]:
+    """What changes from step to step, all of it int64; num_columns: block table entries of a sequence."""
+    tokens, chunks, sequences = shape.num_all_tokens, shape.num_chunks, shape.num_sequences
+    return {
+        "slots": (sequences,),  # of sequences that sample
+        "output_positions": (sequences,),
+        "cu_seqlens": (sequences + 1,),
+        "context_lens": (sequences,),
+        "token_ids": (tokens,),  # of the chunks; decode rows' are on the device
+        "positions": (3, tokens),
+        "slot_mapping": (tokens,),
+        "is_image": (tokens,),
+        "chunk_slots": (chunks,),
+        "block_tables": (chunks, num_columns),  # of the chunks; decode rows' are on the device
+    }
 
-    def __init__(self, shape: StepShape, num_columns: int, padding_slot: int, buffer: Tensor | None = None) -> None:
-        """num_columns: block table entries of a sequence. buffer: where they lie; None: on the host, made here."""
-        tokens, chunks, sequences = shape.num_all_tokens, shape.num_chunks, shape.num_sequences
-        shapes = {
-            "slots": (sequences,),  # of sequences that sample
-            "output_positions": (sequences,),
-            "cu_seqlens": (sequences + 1,),
-            "context_lens": (sequences,),
-            "token_ids": (tokens,),  # of the chunks; decode rows' are on the device
-            "positions": (3, tokens),
-            "slot_mapping": (tokens,),
-            "is_image": (tokens,),
-            "chunk_slots": (chunks,),
-            "block_tables": (chunks, num_columns),  # of the chunks; decode rows' are on the device
-        }
-        sizes = [math.prod(each) for each in shapes.values()]
-        self.buffer = torch.empty(sum(sizes), dtype=torch.int64) if buffer is None else buffer
-        parts = torch.split(self.buffer, sizes)
-        views = {name: part.view(each) for (name, each), part in zip(shapes.items(), parts, strict=True)}
-        self.slots = views["slots"]
-        self.output_positions = views["output_positions"]
-        self.cu_seqlens = views["cu_seqlens"]
-        self.context_lens = views["context_lens"]
-        self.token_ids = views["token_ids"]
-        self.positions = views["positions"]
-        self.slot_mapping = views["slot_mapping"]
-        self.is_image = views["is_image"]
-        self.chunk_slots = views["chunk_slots"]
-        self.block_tables = views["block_tables"]
+
+def views(buffer: Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
+    """The parts of one flat buffer, in order."""
+    parts, start = {}, 0
+    for name, shape in shapes.items():
+        stop = start + math.prod(shape)
+        parts[name] = buffer[start:stop].reshape(shape)
+        start = stop
+    return parts
+
+
+class DeviceInputs:
+    """Where a recorded step reads its inputs."""
+
+    def __init__(self, buffer: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.buffer = buffer
+        parts = views(buffer, shapes)
+        self.slots = parts["slots"]
+        self.output_positions = parts["output_positions"]
+        self.cu_seqlens = parts["cu_seqlens"]
+        self.context_lens = parts["context_lens"]
+        self.token_ids = parts["token_ids"]
+        self.positions = parts["positions"]
+        self.slot_mapping = parts["slot_mapping"]
+        self.is_image = parts["is_image"]
+        self.chunk_slots = parts["chunk_slots"]
+        self.block_tables = parts["block_tables"]
+
+
+class HostInputs:
+    """The same on the host, filled for one step and copied over in one piece."""
+
+    def __init__(self, shape: StepShape, num_columns: int, padding_slot: int, is_pinned: bool) -> None:
+        shapes = input_shapes(shape, num_columns)
+        size = sum(math.prod(each) for each in shapes.values())
+        self.buffer = torch.zeros(size, dtype=torch.int64, pin_memory=is_pinned)
         self._shape = shape
-        self._padding_slot = padding_slot
-
-    def on(self, device: torch.device) -> Inputs:
-        """The same values on a device."""
-        columns = self.block_tables.shape[1]
-        return Inputs(self._shape, columns, self._padding_slot, self.buffer.to(device))
-
-    def clear(self) -> None:
-        """Padding only: slots that are nobody's, sequences without tokens, tokens that are not written."""
-        self.buffer.zero_()
-        self.slots.fill_(self._padding_slot)
-        self.chunk_slots.fill_(self._padding_slot)
-        self.slot_mapping.fill_(-1)
-        self.cu_seqlens.copy_(torch.arange(self._shape.num_sequences + 1).clamp(max=self._shape.num_decodes))
+        self._flat: Ints = self.buffer.numpy()
+        self.fields = views(self._flat, shapes)
+        # Slots that are nobody's, sequences without tokens, tokens that are not written.
+        self.fields["slots"][:] = self.fields["chunk_slots"][:] = padding_slot
+        self.fields["slot_mapping"][:] = -1
+        self.fields["cu_seqlens"][:] = np.minimum(np.arange(shape.num_sequences + 1), shape.num_decodes)
+        self._padding = self._flat.copy()
 
     def fill(self, batch: HostBatch) -> None:
-        """A batch's values among padding, on the host: decode rows from the start, chunks behind the padded ones."""
-        self.clear()
-        shape, num_decodes = self._shape, batch.num_decodes
-        num_chunks, num_tokens = len(batch.query_lens) - num_decodes, batch.num_tokens - num_decodes
-        for into, values in (
-            (self.positions.T, batch.positions.T),
-            (self.slot_mapping, batch.slot_mapping),
-            (self.token_ids, batch.token_ids),
-        ):
-            array = into.numpy()
-            array[:num_decodes] = values[:num_decodes]
-            array[shape.num_decodes : shape.num_decodes + num_tokens] = values[num_decodes:]
+        """A batch's values among padding: decode rows from the start, chunks behind the padded ones."""
+        np.copyto(self._flat, self._padding)
+        fields, num_decodes = self.fields, batch.num_decodes
+        fields["positions"][:, :num_decodes] = batch.positions[:, :num_decodes]
+        fields["slot_mapping"][:num_decodes] = batch.slot_mapping[:num_decodes]
+        fields["context_lens"][:num_decodes] = batch.context_lens[:num_decodes]
+        if num_decodes == len(batch.query_lens):
+            fields["slots"][:num_decodes] = batch.sample_slots
+            fields["output_positions"][:num_decodes] = batch.output_positions
+        else:
+            self._fill_chunks(batch)
+
+    def _fill_chunks(self, batch: HostBatch) -> None:
+        fields, shape, num_decodes = self.fields, self._shape, batch.num_decodes
+        num_chunks, first = len(batch.query_lens) - num_decodes, shape.num_decodes
+        last = first + batch.num_tokens - num_decodes
+        fields["positions"][:, first:last] = batch.positions[:, num_decodes:]
+        fields["slot_mapping"][first:last] = batch.slot_mapping[num_decodes:]
+        fields["token_ids"][first:last] = batch.token_ids[num_decodes:]
         for part in batch.merges:
-            first = part.first_position - num_decodes + shape.num_decodes
-            self.is_image.numpy()[first : first + part.source.num_rows] = 1
-        lens = self.context_lens.numpy()
-        lens[:num_decodes] = batch.context_lens[:num_decodes]
-        lens[shape.num_decodes : shape.num_decodes + num_chunks] = batch.context_lens[num_decodes:]
-        ends = self.cu_seqlens.numpy()[shape.num_decodes + 1 :]
-        ends[:num_chunks] = batch.cu_seqlens[num_decodes + 1 :] - num_decodes + shape.num_decodes
-        ends[num_chunks:] = shape.num_decodes + num_tokens
+            at = part.first_position - num_decodes + first
+            fields["is_image"][at : at + part.source.num_rows] = 1
+        fields["context_lens"][first : first + num_chunks] = batch.context_lens[num_decodes:]
+        ends = fields["cu_seqlens"][first + 1 :]
+        ends[:num_chunks] = batch.cu_seqlens[num_decodes + 1 :] - num_decodes + first
+        ends[num_chunks:] = last
         rows = places(shape, batch.sample_sequences, batch)
-        self.slots.numpy()[rows] = batch.sample_slots
-        self.output_positions.numpy()[rows] = batch.output_positions
-        if num_chunks:
-            self.chunk_slots.numpy()[:num_chunks] = batch.slots[num_decodes:]
-            self.block_tables.numpy()[:num_chunks, : batch.block_tables.shape[1]] = batch.block_tables[num_decodes:]
+        fields["slots"][rows] = batch.sample_slots
+        fields["output_positions"][rows] = batch.output_positions
+        fields["chunk_slots"][:num_chunks] = batch.slots[num_decodes:]
+        fields["block_tables"][:num_chunks, : batch.block_tables.shape[1]] = batch.block_tables[num_decodes:]
 
 
 class StepProgram:
@@ -160,9 +179,10 @@ class StepProgram:
         self._tables = tables
         self._image_rows = image_rows[: shape.num_all_tokens]
         self.shape = shape
-        host = Inputs(shape, tables.shape[1], len(last_tokens) - 1)
-        host.clear()
-        self.inputs = host.on(tables.device)
+        is_cuda, columns = tables.device.type == "cuda", tables.shape[1]
+        # In turn: while one is read by the step that runs, the other is filled for the step that follows.
+        self.hosts = tuple(HostInputs(shape, columns, len(last_tokens) - 1, is_cuda) for _ in range(2))
+        self.inputs = DeviceInputs(self.hosts[0].buffer.to(tables.device), input_shapes(shape, columns))
 
     def __call__(self) -> Tensor:
         """Logits of the last token of every sequence, [num_sequences, vocab_size]."""
@@ -201,7 +221,7 @@ class StepProgram:
         return self._model.logits(hidden)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Recorded:
     """A captured program and its greedy sampling, each a graph of its own, and where their results appear."""
 
@@ -210,6 +230,7 @@ class Recorded:
     logits: Tensor
     greedy: torch.cuda.CUDAGraph
     token_ids: Tensor  # int64 [num_sequences]
+    num_runs: int = 0
 
     def places(self, indices: Ints, batch: HostBatch) -> Ints:
         """Where tokens, or sequences, of a batch lie among this step's."""
@@ -270,10 +291,10 @@ class StepGraphs:
     def run(self, recorded: Recorded, batch: HostBatch, flags: SamplingFlags) -> Tensor:
         """Run a batch, whose image rows have been put: int64 [num_sequences] tokens, valid until the next run."""
         inputs = recorded.program.inputs
-        buffer = torch.empty(inputs.buffer.shape, dtype=torch.int64, pin_memory=True)
-        columns = inputs.block_tables.shape[1]
-        Inputs(recorded.program.shape, columns, len(self._tables) - 1, buffer).fill(batch)
-        inputs.buffer.copy_(buffer, non_blocking=True)
+        host = recorded.program.hosts[recorded.num_runs % 2]
+        recorded.num_runs += 1
+        host.fill(batch)
+        inputs.buffer.copy_(host.buffer, non_blocking=True)
         recorded.forward.replay()
         if not flags.all_greedy:
             return self._sampler.sample(recorded.logits, inputs.slots, inputs.output_positions, flags)

@@ -16,7 +16,7 @@ from vlmrt.runtime.messages import ActorName, DetachSlab, Epoch, StepPlan, StepR
 from vlmrt.runtime.slab import EmbeddingSlab
 
 Pending = TypeVar("Pending")
-POLL_S = 0.0002  # between looks at a step on a GPU while no further work is queued
+POLL_S = 0.0001  # between looks at a step on a GPU while no further work is queued
 
 
 class EndOfEpoch(msgspec.Struct, frozen=True):

@@ -8,7 +8,7 @@ import torch
 from tests.actors.llm.test_batch import BLOCK_SIZE, IMAGE, sequence
 from vlmrt.actors.llm.batch import build_batch
 from vlmrt.actors.llm.slots import Slots
-from vlmrt.actors.llm.step_graphs import Inputs, StepShape, step_shapes
+from vlmrt.actors.llm.step_graphs import HostInputs, StepShape, input_shapes, step_shapes, views
 from vlmrt.runtime.messages import ActorName, EmbedSlice, Epoch, StepPlan, StepRow
 
 NUM_SLOTS = 6
@@ -28,25 +28,36 @@ def test_decode_rows_come_first_and_chunks_behind_their_padding() -> None:
         (StepRow(2, 4, 1, (), True), StepRow(5, 1, 5, (), False, embeds), StepRow(1, 0, 2, (), True)),
     )
     batch = build_batch(plan, slots, 2)
-    inputs = Inputs(SHAPE, NUM_COLUMNS, NUM_SLOTS)
+    inputs = HostInputs(SHAPE, NUM_COLUMNS, NUM_SLOTS, is_pinned=False)
+    found = inputs.fields
+    padding = inputs.buffer.clone()
     inputs.buffer.fill_(-77)  # every number is set
     inputs.fill(batch)
     pad = NUM_SLOTS
-    assert inputs.slots.tolist() == [2, pad, pad, pad, 1, pad]
-    assert inputs.output_positions.tolist() == [1, 0, 0, 0, 0, 0]
-    assert inputs.cu_seqlens.tolist() == [0, 1, 2, 3, 8, 10, 10]
-    assert inputs.context_lens.tolist() == [5, 0, 0, 6, 2, 0]
-    assert inputs.token_ids.tolist()[3:] == [501, 502, 503, 504, 505, 100, 101, 0, 0, 0]
-    assert inputs.slot_mapping.tolist() == [
+    assert found["slots"].tolist() == [2, pad, pad, pad, 1, pad]
+    assert found["output_positions"].tolist() == [1, 0, 0, 0, 0, 0]
+    assert found["cu_seqlens"].tolist() == [0, 1, 2, 3, 8, 10, 10]
+    assert found["context_lens"].tolist() == [5, 0, 0, 6, 2, 0]
+    assert found["token_ids"].tolist()[3:] == [501, 502, 503, 504, 505, 100, 101, 0, 0, 0]
+    assert found["slot_mapping"].tolist() == [
         *(1 * 4 + 0, -1, -1),
         *(9 * 4 + 1, 9 * 4 + 2, 9 * 4 + 3, 8 * 4, 8 * 4 + 1, 6 * 4, 6 * 4 + 1, -1, -1, -1),
     ]
-    assert inputs.is_image.tolist() == [0] * 3 + [0, 0, 1, 1, 1, 0, 0, 0, 0, 0]
-    assert inputs.chunk_slots.tolist() == [5, 1, pad]
-    assert inputs.block_tables.tolist() == [[9, 8, 0, 0, 0, 0, 0], [6, 0, 0, 0, 0, 0, 0], [0] * 7]
-    assert torch.equal(inputs.positions[:, :1], torch.from_numpy(batch.positions[:, :1].copy()))
-    assert torch.equal(inputs.positions[:, 3:10], torch.from_numpy(batch.positions[:, 1:].copy()))
+    assert found["is_image"].tolist() == [0] * 3 + [0, 0, 1, 1, 1, 0, 0, 0, 0, 0]
+    assert found["chunk_slots"].tolist() == [5, 1, pad]
+    assert found["block_tables"].tolist() == [[9, 8, 0, 0, 0, 0, 0], [6, 0, 0, 0, 0, 0, 0], [0] * 7]
+    assert np.array_equal(found["positions"][:, :1], batch.positions[:, :1])
+    assert np.array_equal(found["positions"][:, 3:10], batch.positions[:, 1:])
     assert not (inputs.buffer == -77).any()
+    slots.learn(batch.sample_slots, batch.sample_admissions, np.array([43, 44]))
+    decodes = build_batch(StepPlan(3, (), (), (StepRow(2, 5, 1, (), True),)), slots, 2)
+    inputs.fill(decodes)  # nothing of the step before is left
+    assert (found["slots"][0], found["output_positions"][0], found["context_lens"][0]) == (2, 2, 6)
+    assert (found["slot_mapping"][0], found["positions"][:, 0].tolist()) == (1 * 4 + 1, [5, 5, 5])
+    for name in ("slots", "output_positions", "context_lens", "slot_mapping"):
+        found[name][0] = views(padding.numpy(), input_shapes(SHAPE, NUM_COLUMNS))[name][0]
+    found["positions"][:, 0] = 0
+    assert torch.equal(inputs.buffer, padding)
 
 
 def test_shapes_hold_every_number_of_running_requests_and_no_more() -> None:
