@@ -20,7 +20,7 @@ class Segments:
 
     lengths: tuple[int, ...]
     tile: int  # queries that one program of the kernel takes
-    tiles: Tensor | None  # see tile_table; None where the kernel does not run
+    tiles: Tensor | None  # see tile_table; behind its own may come empty ones; None where the kernel does not run
 
 
 def tile_table(lengths: Sequence[int], tile: int) -> NDArray[np.int32]:
@@ -38,9 +38,17 @@ def tile_table(lengths: Sequence[int], tile: int) -> NDArray[np.int32]:
     return np.stack((start + nth * tile, start, stop[segment]), axis=1).astype(np.int32)
 
 
-def pack_segments(lengths: Sequence[int], device: torch.device) -> Segments:
-    """Lay out segments of these lengths, one after the other, for a device; made once for all layers of a batch."""
-    tile = SHORT_TILE if max(lengths, default=0) <= SHORT_SEGMENT else LONG_TILE
+def tile_for(longest: int) -> int:
+    """Queries that a program takes of segments up to this length."""
+    return SHORT_TILE if longest <= SHORT_SEGMENT else LONG_TILE
+
+
+def pack_segments(lengths: Sequence[int], device: torch.device, tile: int | None = None) -> Segments:
+    """Lay out segments of these lengths, one after the other, for a device; made once for all layers of a batch.
+
+    tile: in place of the one that suits the lengths.
+    """
+    tile = tile_for(max(lengths, default=0)) if tile is None else tile
     tiles = None
     if device.type == "cuda":
         tiles = torch.from_numpy(tile_table(lengths, tile)).pin_memory().to(device, non_blocking=True)

@@ -16,7 +16,7 @@ from vlmrt.actors.models.vision_grid import GridThw, frame_lengths, patch_positi
 from vlmrt.kernels.layer_norm import add_layer_norm, layer_norm
 from vlmrt.kernels.rms_norm import add_rms_norm, rms_norm
 from vlmrt.kernels.rotary import rotary_tables, rotate
-from vlmrt.kernels.vision_attention import Segments, pack_segments, vision_attention
+from vlmrt.kernels.vision_attention import LONG_TILE, Segments, pack_segments, tile_for, vision_attention
 
 NORM_EPS = 1e-6
 ROPE_THETA = 10000.0
@@ -156,6 +156,7 @@ class VisionTower(nn.Module):
     def lay_out(self, embedded: Tensor, grid_thw: Sequence[GridThw]) -> VisionState:
         """The state before the first layer of embedded patches [num_patches, embed_dim], in the processors' order.
 
+        The attention's tiles are as large for every batch, so that all can go through the same recorded layers.
         Raises: ValueError if the grids do not describe num_patches patches in whole merge blocks.
         """
         self._check(embedded.shape[0], grid_thw)
@@ -169,11 +170,11 @@ class VisionTower(nn.Module):
             unit = config.spatial_merge_size**2
             positions = positions.reshape(-1, unit, 2)[order].reshape(-1, 2)
             embedded = embedded.view(-1, unit * config.embed_dim)[to_device(order, device)].view(-1, config.embed_dim)
-            windows = pack_segments(lengths, device)
+            windows = pack_segments(lengths, device, tile_for(window_cells**2 * unit))
             restore = to_device(np.argsort(order), device)
         angles = (to_device(positions, device).float()[:, :, None] * self.inverse_frequency).flatten(1)
         cos, sin = rotary_tables(angles)
-        frames = pack_segments(frame_lengths(grid_thw), device)
+        frames = pack_segments(frame_lengths(grid_thw), device, LONG_TILE)
         return VisionState(embedded, None, cos, sin, frames, windows, restore)
 
     def run_layers(self, state: VisionState, first: int, last: int) -> VisionState:

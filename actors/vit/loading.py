@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from vlmrt.actors.models.vision_tower import VisionTower
 from vlmrt.actors.vit.encoder import Encoder
 from vlmrt.actors.vit.engines.engine import GridThw, Pixels, VisionEngine
 from vlmrt.actors.vit.engines.torch import TorchEngine
+from vlmrt.actors.vit.engines.tower_graphs import TowerGraphs, patch_counts
 from vlmrt.runtime.actor import ActorContext
 from vlmrt.runtime.config import Config
 from vlmrt.runtime.errors import StartupError
@@ -68,8 +70,13 @@ def _load(context: ActorContext, tensors: dict[str, int], beside_torch: dict[str
     engine = TorchEngine(tower, processing, device, quantum_s)
     _encode_black(engine, processing, (1, vision.spatial_merge_size, vision.spatial_merge_size))
     if device.type == "cuda":
-        _encode_black(engine, processing, (1, 16 * vision.spatial_merge_size, 16 * vision.spatial_merge_size))
+        side = 16 * vision.spatial_merge_size
+        _encode_black(engine, processing, (1, side, side))
         _reserve_workspace(engine, config, processing, device)
+        if config.parallel.dtype != "float32":
+            graphs = _record(tower, context)
+            engine = TorchEngine(tower, processing, device, quantum_s, graphs)
+            _encode_black(engine, processing, (1, side, side))
     return Encoder(engine, slab, ArenaReader(context.open_memory), vision)
 
 
@@ -128,6 +135,18 @@ def _reserve_workspace(
     logger.info(
         "vision tower on %s: peak %.2f GiB at %d patches, %.2f GiB kept", device, peak / GIB, num_patches, kept / GIB
     )
+
+
+def _record(tower: VisionTower, context: ActorContext) -> TowerGraphs:
+    """Graphs of every batch that the queue puts together; what is larger is one image."""
+    device = torch.device(context.device)
+    started_s, kept = time.perf_counter(), torch.cuda.memory_reserved(device)
+    counts = patch_counts(context.config.parallel.max_patches_per_batch)
+    graphs = TowerGraphs(tower, counts, partial(context.progress, "recording the tower"))
+    torch.cuda.synchronize(device)
+    seconds, kept = time.perf_counter() - started_s, torch.cuda.memory_reserved(device) - kept
+    logger.info("vision tower on %s: %d sizes recorded in %.1f s, %.2f GiB", device, len(counts), seconds, kept / GIB)
+    return graphs
 
 
 def _encode_black(engine: VisionEngine[Any], processing: ImageProcessing, grid: GridThw) -> None:

@@ -134,7 +134,10 @@ def head_parts(head_dim: int) -> tuple[int, int]:
 def vision_attention_triton(
     q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, tile: int, scale: float, launch: Launch | None = None
 ) -> Tensor:
-    """See vision_attention. tiles: tile_table for this tile; launch: in place of the one in LAUNCHES."""
+    """See vision_attention. tiles: tile_table for this tile; launch: in place of the one in LAUNCHES.
+
+    Tiles of (n, n, n) are empty: they read and write nothing. Rows outside all tiles stay as torch.empty has them.
+    """
     num_patches, num_heads, head_dim = q.shape
     out = torch.empty((num_patches, num_heads, head_dim), dtype=q.dtype, device=q.device)
     if not len(tiles):

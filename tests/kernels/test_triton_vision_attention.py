@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -42,6 +44,34 @@ def test_patches_see_their_segment_and_nothing_else(
     eager_error, error = ((x.double() - exact).abs().max() for x in (eager, attended))
     assert error <= 2 * eager_error + torch.finfo(dtype).eps / 2 * exact.abs().max()
     assert error <= 64 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.fixture
+def new_memory_is_nan() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide")  # 0 / 0 of what an empty tile does not write
+@pytest.mark.usefixtures("new_memory_is_nan")
+@pytest.mark.parametrize(("device", "dtype"), PLACES)
+@pytest.mark.parametrize("tile", [64, 128])
+def test_empty_tiles_change_nothing_and_rows_outside_all_tiles_are_neither_read_nor_written(
+    tile: int, device: str, dtype: torch.dtype
+) -> None:
+    lengths = (130, 20)
+    heads = normal(sum(lengths) + 50, 3, 20, dtype=dtype).to(device)
+    heads[sum(lengths) :] = float("nan")
+    q, k, v = heads.chunk(3, dim=1)
+    table = tile_table(lengths, tile)
+    padded = np.concatenate((table, np.zeros((3, 3), np.int32), np.full((2, 3), sum(lengths), np.int32)))
+    alone, among = (
+        vision_attention_triton(q, k, v, torch.from_numpy(tiles).to(device), tile, SCALE) for tiles in (table, padded)
+    )
+    assert torch.equal(among[: sum(lengths)], alone[: sum(lengths)])
+    assert among[: sum(lengths)].isfinite().all()
+    assert among[sum(lengths) :].isnan().all()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,10 @@ Run = TypeVar("Run")
 
 
 class VisionEngine(Protocol[Run]):
-    """One loaded tower.  Run is a batch on its way through it."""
+    """One loaded tower.  Run is a batch on its way through it.
+
+    Any number may be prepared, but from a run's first quantum to its rows no other may take one.
+    """
 
     def prepare(self, images: Sequence[Pixels], grids: Sequence[GridThw]) -> Run:
         """Bring the pixels to the device and cut them into patches; they are not read after this returns."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from vlmrt.actors.models.vision_grid import GridThw
 from vlmrt.actors.models.vision_tower import VisionTower
 from vlmrt.actors.vit.engines.engine import Pixels
 from vlmrt.actors.vit.engines.torch import TorchEngine
+from vlmrt.actors.vit.engines.tower_graphs import TowerGraphs
 from vlmrt.kernels.patchify import patchify
 from vlmrt.tools.checkpoint.presets import PRESETS, config_json
 
@@ -44,12 +47,23 @@ def reference_tower(preset: str, tower: VisionTower, dtype: torch.dtype) -> Any:
     return reference
 
 
-def pictures() -> list[Pixels]:
+def pictures(grids: Sequence[GridThw] = GRIDS) -> list[Pixels]:
     draw = np.random.default_rng(0)
     return [
         draw.integers(0, 256, (2 * frames if frames > 1 else 1, 14 * height, 14 * width, 3), dtype=np.uint8)
-        for frames, height, width in GRIDS
+        for frames, height, width in grids
     ]
+
+
+def encode(engine: TorchEngine, batches: Sequence[list[GridThw]]) -> list[Tensor]:
+    """Rows of each batch; all are prepared before the first one runs."""
+    runs = [engine.prepare(pictures(grids), grids) for grids in batches]
+    rows = []
+    for run in runs:
+        while not engine.run_quantum(run):
+            pass
+        rows.append(engine.rows(run))
+    return rows
 
 
 @torch.inference_mode()
@@ -75,6 +89,45 @@ def test_rows_in_bfloat16_are_as_exact_as_the_references(preset: str) -> None:
     )
     print(f"{preset}: ours {ours_off:.2e} from float32, transformers' {theirs_off:.2e}")
     assert ours_off <= 1.2 * theirs_off
+
+
+WHOLE: list[GridThw] = [(1, 32, 32), (1, 16, 32), (1, 16, 32)]  # a recorded count, 2,048
+BATCHES: list[list[GridThw]] = [GRIDS, [(1, 6, 10)], WHOLE, [(1, 4, 4)] * 40, [(1, 92, 68), (1, 2, 60)], GRIDS]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("quantum_s", [1e-9, 1e3])
+@pytest.mark.parametrize("preset", sorted(REFERENCES))
+def test_recorded_layers_are_as_exact_as_launched_ones_whatever_lies_in_the_padding(
+    preset: str, quantum_s: float
+) -> None:
+    tower = random_tower(preset, GPU)
+    graphs = TowerGraphs(tower, (128, 640, 2048, 6400))
+    buffers = graphs.buffers
+    for buffer in (buffers.x, buffers.residual, buffers.cos, buffers.sin):
+        buffer.fill_(float("nan"))
+    engine = TorchEngine(tower, PROCESSING, GPU, quantum_s, graphs)
+    assert all(engine.prepare(pictures(grids), grids).recorded is not None for grids in BATCHES)
+    launched = encode(TorchEngine(tower, PROCESSING, GPU, quantum_s), BATCHES)
+    exact = encode(TorchEngine(deepcopy(tower).float(), PROCESSING, GPU, quantum_s), BATCHES)
+    recorded = encode(engine, BATCHES)
+    for grids, ours, eager, reference in zip(BATCHES, recorded, launched, exact, strict=True):
+        ours_off, eager_off = (((rows.float() - reference).norm() / reference.norm()).item() for rows in (ours, eager))
+        print(f"{preset}: {len(grids)} pictures: recorded {ours_off:.2e} from float32, launched {eager_off:.2e}")
+        assert ours_off <= 1.3 * eager_off
+    assert torch.equal(recorded[0], recorded[-1])
+    assert torch.equal(recorded[2], launched[2])  # the same products without padding
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("preset", sorted(REFERENCES))
+def test_a_batch_that_no_graph_holds_is_launched(preset: str) -> None:
+    tower = random_tower(preset, GPU)
+    engine = TorchEngine(tower, PROCESSING, GPU, 0.008, TowerGraphs(tower, (128,)))
+    batches: list[list[GridThw]] = [[(1, 10, 14)], [(1, 2, 2)] * 70]
+    for grids in batches:
+        assert engine.prepare(pictures(grids), grids).recorded is None
+        assert torch.equal(*(encode(each, [grids])[0] for each in (engine, TorchEngine(tower, PROCESSING, GPU, 0.008))))
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
