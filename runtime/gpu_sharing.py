@@ -130,17 +130,25 @@ class GpuSharing:
         is_first, self._pipes = self._pipes is None, None
         try:
             if not is_first:
-                await asyncio.to_thread(stop_mps, str(self._run_dir))
+                await self._stop_daemon()
             self._pipes = await self._start_daemon()
             self._announce(self._mps_line())
         except (MpsUnavailable, OSError) as error:
-            await asyncio.to_thread(stop_mps, str(self._run_dir))
+            await self._stop_daemon()
             if is_first and self._options.gpu_sharing == "mps":
                 self._failure = StartupError(f"--gpu-sharing mps: {error}")
             else:
                 self._announce(f"time slicing: {error}")
         finally:
             self._settled.set()
+
+    async def _stop_daemon(self) -> None:
+        """To its end also when cancelled: no program that it runs outlives the service."""
+        stopping = asyncio.create_task(asyncio.to_thread(stop_mps, str(self._run_dir)))
+        try:
+            await asyncio.shield(stopping)
+        finally:
+            await stopping
 
     def _mps_line(self) -> str:
         return f"MPS, {', '.join(sorted(self._capped))} on at most {self._options.vit_sm_percent} % of the SMs"

@@ -78,7 +78,12 @@ class LocalProcess:
         self.pid = process.pid
         self._process = process
         self._ended = asyncio.Event()
-        self._pidfd = os.pidfd_open(process.pid)
+        try:
+            self._pidfd = os.pidfd_open(process.pid)
+        except OSError:  # out of descriptors: nobody would learn of its end
+            process.kill()
+            process.wait()
+            raise
         asyncio.get_running_loop().add_reader(self._pidfd, self._on_end)
 
     def _on_end(self) -> None:

@@ -304,7 +304,8 @@ class Supervisor:
             await self._reap(members, watchers, kill=not asked_to_end)
             self._sharing.leave(group)
         for member in members:
-            self._take_down(member, reason)
+            if member.handle is not None:  # else it was not even spawned
+                self._take_down(member, reason)
         self._refresh_readiness()
         return reason
 

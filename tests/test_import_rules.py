@@ -35,6 +35,7 @@ LIGHT = (
     "vlmrt.tools.cli",
     "vlmrt.tools.launch",
 )
+HEAVY = ("torch", "transformers", "numba", "triton")
 UNPICKLERS = ("pickle", "cloudpickle", "dill", "marshal", "shelve")
 
 
@@ -74,8 +75,7 @@ def test_no_file_can_unpickle(path: Path) -> None:
 
 
 @pytest.mark.parametrize("module", LIGHT)
-def test_a_light_process_imports_neither_torch_nor_transformers_nor_numba(module: str) -> None:
-    blocked = "sys.modules['torch'] = sys.modules['transformers'] = sys.modules['numba'] = None"
-    program = f"import sys; {blocked}; import {module}"
+def test_a_light_process_imports_nothing_heavy(module: str) -> None:
+    program = f"import sys; sys.modules.update(dict.fromkeys({HEAVY})); import {module}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

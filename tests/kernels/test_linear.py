@@ -25,6 +25,9 @@ from vlmrt.kernels.triton.decode_linear import MAX_ROWS, Tiling, decode_linear
 EPS = 1e-6
 ROWS = (1, 2, 3, 8, 17, MAX_ROWS)
 SHAPES = ((38, 144), (21, 1104), (70, 100))  # no N and K are multiples of a tile
+STREAMED = [  # every row count with every shape, and each of both with and without a gate
+    (rows, *shape, (row + column) % 2 == 1) for row, rows in enumerate(ROWS) for column, shape in enumerate(SHAPES)
+]
 PLAIN_SHAPES = {"2b": ((2048, 1536), (1536, 1536), (1536, 8960)), "7b": ((4608, 3584), (3584, 3584), (3584, 18944))}
 GATED_SHAPES = {"2b": (8960, 1536), "7b": (18944, 3584)}
 HEADS = {"2b": (151936, 1536), "7b": (152064, 3584)}
@@ -77,9 +80,7 @@ def small_tiling(rows: int, K: int, dtype: torch.dtype) -> Tiling | None:
 
 
 @pytest.mark.parametrize(("device", "dtype"), PLACES)
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize(("num_columns", "K"), SHAPES)
-@pytest.mark.parametrize("is_gated", [False, True])
+@pytest.mark.parametrize(("rows", "num_columns", "K", "is_gated"), STREAMED)
 def test_streamed_product_is_exact_and_twice_the_same(
     rows: int, num_columns: int, K: int, is_gated: bool, device: str, dtype: torch.dtype
 ) -> None:

@@ -21,6 +21,7 @@ from tests.runtime.services import (
     children_of,
     daemons,
     fake_config,
+    fake_specs,
     read_until,
     service,
     start_service_process,
@@ -179,6 +180,30 @@ async def test_a_service_that_is_stopped_while_the_daemon_hangs_ends_at_once(
         running.supervisor.request_stop()
         assert await asyncio.wait_for(running.ended, DEADLINE_S) == 0
     assert daemons(run_root) == []
+
+
+async def test_a_daemon_that_is_being_stopped_when_the_service_ends_leaves_no_program(
+    tmp_path: Path, run_root: Path, control: Callable[[str], None]
+) -> None:
+    control("deaf")
+    specs = fake_specs(fake_config(tmp_path, parallel=ON_GPU), NOTERS)
+    others = set(children_of(os.getpid()))
+    sharing = gpu_sharing.GpuSharing(ON_GPU, specs, run_root, lambda how: None)
+    sharing.start()
+    groups = {spec.group for spec in specs if spec.device != "cpu"}
+    for group in groups:
+        await sharing.enter(group)
+    assert sharing.fault("llm") == groups
+    for group in groups:
+        sharing.leave(group)
+    async with asyncio.timeout(DEADLINE_S):
+        while set(children_of(os.getpid())) <= others:  # noqa: ASYNC110 - until the program is asked to quit
+            await asyncio.sleep(0.005)
+    await sharing.close()
+    assert set(children_of(os.getpid())) <= others
+    assert daemons(run_root) == []
+    (run_root / "mps-1" / "pid").unlink()
+    (run_root / "mps-1").rmdir()
 
 
 def test_killing_the_supervisor_leaves_no_daemon(tmp_path: Path, run_root: Path) -> None:

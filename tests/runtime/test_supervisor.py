@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import socket
@@ -26,6 +27,7 @@ from tests.runtime.services import (
     service,
     start_service_process,
 )
+from vlmrt.runtime.spawner import LocalSpawner, ProcessHandle, ProcessSpec
 from vlmrt.runtime.topology import ActorKind
 
 pytestmark = pytest.mark.usefixtures("run_root")
@@ -142,6 +144,54 @@ async def test_a_death_during_the_first_start_ends_the_service(tmp_path: Path) -
         assert await asyncio.wait_for(running.ended, DEADLINE_S) == 1
     ((_, message),) = running.observer.of("failed")
     assert "scheduler:0 ended during its start (exit code 70)" in message
+
+
+class Refuser(LocalSpawner):
+    """Cannot spawn these incarnations."""
+
+    def __init__(self, *refused: str) -> None:
+        self._refused = refused
+
+    def spawn(self, spec: ProcessSpec) -> ProcessHandle:
+        if f"{spec.actor.name} {spec.epoch}" in self._refused:
+            raise OSError(errno.EAGAIN, "planted")
+        return super().spawn(spec)
+
+
+@pytest.mark.parametrize("refused", ["llm:0 1", "llm:1 1"])
+async def test_a_first_incarnation_that_cannot_be_spawned_ends_the_service_with_one_line(
+    refused: str, tmp_path: Path
+) -> None:
+    config = fake_config(tmp_path, tp=2)
+    async with service(config, {"scheduler": "Recorder", "llm": "Recorder"}, tmp_path, Refuser(refused)) as running:
+        assert await asyncio.wait_for(running.ended, DEADLINE_S) == 1
+    reason = f"llm cannot be spawned: [Errno {errno.EAGAIN}] planted"
+    assert running.observer.of("failed") == [("failed", reason)]
+    assert [entry[1] for entry in running.observer.of("down")] == (["llm:0"] if refused == "llm:1 1" else [])
+
+
+async def test_a_later_incarnation_that_cannot_be_spawned_is_tried_again(tmp_path: Path) -> None:
+    fakes: dict[ActorKind, str] = {"edge": "Recorder", "scheduler": "Recorder"}
+    async with service(fake_config(tmp_path), fakes, tmp_path, Refuser("scheduler:0 2")) as running:
+        await running.until_ready()
+        os.kill(running.pid("scheduler:0"), signal.SIGKILL)
+        await running.until_ready(2)
+        assert running.process("scheduler:0").epoch == 3
+        assert [entry[2] for entry in running.observer.of("down")] == [1]
+    assert [line for line in running.lines("edge:0") if "down" in line] == ["1 down scheduler:0 1"]
+
+
+async def test_a_process_that_cannot_be_watched_is_not_left_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(pid: int) -> int:
+        raise OSError(errno.EMFILE, "planted")
+
+    monkeypatch.setattr(os, "pidfd_open", full)
+    async with service(fake_config(tmp_path), {"scheduler": "Recorder"}, tmp_path) as running:
+        assert await asyncio.wait_for(running.ended, DEADLINE_S) == 1
+    ((_, message),) = running.observer.of("failed")
+    assert "scheduler:0 cannot be spawned" in message
 
 
 async def test_an_actor_that_is_never_ready_hits_the_start_deadline(tmp_path: Path) -> None:
