@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vlmrt.kernels.paged_attention import PagedBatch
 from vlmrt.kernels.triton.compile_spec import CompileSpec
+from vlmrt.kernels.triton.overlap import overlap
 
 LOG2_E = 1.4426950408889634
 NOTHING_SEEN = tl.constexpr(-1.0e30)
@@ -437,7 +438,6 @@ def _launch_decode(
     constants: dict[str, int],
 ) -> None:
     rows, num_heads, num_kv_heads = batch.num_decodes, q.shape[1], k_cache.shape[2]
-    overlap = _overlap(q.device)
     partial_out, partial_lse = out, out
     if num_splits > 1:
         parts = (rows, num_heads, num_splits)
@@ -460,7 +460,7 @@ def _launch_decode(
         SPLIT=num_splits > 1,
         num_warps=DECODE.num_warps,
         num_stages=DECODE.num_stages,
-        **overlap,
+        **overlap(q.device),
     )
     if num_splits > 1:
         _combine_kernel[(rows, num_heads)](
@@ -471,7 +471,7 @@ def _launch_decode(
             **_combine_constants(constants),
             NUM_SPLITS=num_splits,
             num_warps=4,
-            **overlap,
+            **overlap(q.device),
         )
 
 
@@ -536,14 +536,6 @@ def _combine_constants(constants: dict[str, int]) -> dict[str, int]:
 
 
 @functools.cache
-def _overlap(device: torch.device) -> dict[str, bool]:
-    """Programmatic dependent launch, where the GPU has it: programs are placed while the kernel in front still runs."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
-        return {"PDL": True, "launch_pdl": True}
-    return {"PDL": False}
-
-
-@functools.cache
 def _num_sms(device: torch.device) -> int:
     if device.type != "cuda":  # the interpreter
         return 4
@@ -564,7 +556,7 @@ def compile_specs() -> list[CompileSpec]:
     for model, num_heads, num_kv_heads in (("2b", 12, 2), ("7b", 28, 4)):
         q = torch.empty(1, num_heads, 128, device="meta")
         constants = _constants(q, torch.empty(1, 16, num_kv_heads, 128, device="meta"), None)
-        tile = {"BLOCK_M": 16, "BLOCK_N": DECODE.block_n, "SPLIT": True, "PDL": False}
+        tile = {"BLOCK_M": 16, "BLOCK_N": DECODE.block_n, "SPLIT": True}
         decode = CompileSpec(
             f"paged_attention_decode_{model}",
             _decode_kernel,
@@ -588,7 +580,7 @@ def compile_specs() -> list[CompileSpec]:
         "paged_attention_combine",
         _combine_kernel,
         {**partials, "context_lens": "*i32", "out": "*bf16"},
-        {**_combine_constants(constants), "NUM_SPLITS": MAX_SPLITS, "PDL": False},
+        {**_combine_constants(constants), "NUM_SPLITS": MAX_SPLITS},
         4,
         3,
     )
