@@ -1,16 +1,12 @@
 """A projection: rows times a weight, and a bias; also with the SwiGLU gate of its halves."""
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmrt.kernels.rms_norm import rms_norm
 from vlmrt.kernels.silu_and_mul import silu_and_mul, silu_and_mul_reference
 
 MAX_FEW_ROWS = 32
-MAX_FUSED_ROWS = 2  # of those that take norm and residual into the product
 
 # (least columns N, most rows T) that the Triton kernels serve; for the rest cuBLAS is as fast. Microseconds of cuBLAS
 # and ours on an H100 on both sides of the table's edges, 2B: K = 1536 (down: 8960), 7B: K = 3584:
@@ -26,13 +22,6 @@ STREAMED = ((32768, 64), (1536, 2))
 STREAMED_GATED = ((16384, 64), (8192, 16), (1536, 2))
 
 
-class RmsNorm(NamedTuple):
-    """The RMSNorm that stands in front of a projection."""
-
-    weight: Tensor  # [K]
-    eps: float
-
-
 def is_streamed(num_rows: int, num_columns: int, K: int, is_gated: bool = False) -> bool:
     """Whether a product of the GPU is served by the Triton kernels; K % 16: they load 16 bytes of aligned rows."""
     table = STREAMED_GATED if is_gated else STREAMED
@@ -40,59 +29,38 @@ def is_streamed(num_rows: int, num_columns: int, K: int, is_gated: bool = False)
     return 1 <= num_rows <= most_rows and K % 16 == 0
 
 
-def linear_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    norm: RmsNorm | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    if norm is not None:
-        x = F.rms_norm(x, (x.shape[-1],), norm.weight, norm.eps)
-    product = F.linear(x, weight, bias)
-    return product if residual is None else product + residual
+def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x, weight, bias)
 
 
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    norm: RmsNorm | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """x @ weight.T + bias, of the RMSNorm of x where norm is given, plus residual.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias.
 
-    Shapes: x [T, K] contiguous, weight [N, K], bias [N], residual [T, N] -> [T, N], same dtype. What norm yields and
-    what residual is added to are rounded to the dtype, as eager would.
+    Shapes: x [T, K] contiguous, weight [N, K], bias [N] -> [T, N], same dtype.
 
     On a CPU, for a few rows of float32, the product is taken as weight @ x.T: MKL then goes along the weight, which is
     what there is to read, and shares it out among threads by its rows (the projections of 6 layers of width 256 and 768
     at 8 rows on an AMD EPYC: 5.6 ms instead of 6.5 on one core, 4.2 instead of 6.0 on two).
 
     On a GPU, a few rows without bias are served by Triton where is_streamed (x may then have any strides). weight must
-    have been written before the kernel in front was launched, as a model's are. Up to MAX_FUSED_ROWS take norm and
-    residual without a launch of their own; with more, add_rms_norm between two projections saves one.
+    not be written by the kernels of the step, as a model's is not: it is read before they have ended.
     """
     if bias is None and _takes_stream(x, weight, weight.shape[0]):
         from vlmrt.kernels.triton.decode_linear import decode_linear
 
-        if x.shape[0] <= MAX_FUSED_ROWS:
-            norm_weight, eps = (None, 0.0) if norm is None else norm
-            return decode_linear(x, weight, norm_weight=norm_weight, eps=eps, residual=residual)
-        product = decode_linear(x if norm is None else rms_norm(x, *norm), weight)
-    else:
-        product = _product(x if norm is None else rms_norm(x, *norm), weight, bias)
-    return product if residual is None else product + residual
+        return decode_linear(x, weight)
+    if x.device.type == "cpu" and x.dtype == torch.float32 and 1 < x.shape[0] <= MAX_FEW_ROWS:
+        product = torch.mm(weight, x.t()).t().contiguous()
+        return product if bias is None else product.add_(bias)
+    return F.linear(x, weight, bias)
 
 
-def gated_linear_reference(x: Tensor, weight: Tensor, *, norm: RmsNorm | None = None) -> Tensor:
-    return silu_and_mul_reference(linear_reference(x, weight, norm=norm))
+def gated_linear_reference(x: Tensor, weight: Tensor) -> Tensor:
+    return silu_and_mul_reference(linear_reference(x, weight))
 
 
-def gated_linear(x: Tensor, weight: Tensor, *, norm: RmsNorm | None = None) -> Tensor:
-    """silu(gate) * up of the two halves of x @ weight.T; of the RMSNorm of x where norm is given, as in linear.
+def gated_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """silu(gate) * up of the two halves of x @ weight.T.
 
     Shapes: x [T, K], weight [2F, K], the gate's rows first -> [T, F], same dtype. As to the GPU, see linear.
     Raises: ValueError if weight has an odd number of rows.
@@ -102,11 +70,8 @@ def gated_linear(x: Tensor, weight: Tensor, *, norm: RmsNorm | None = None) -> T
     if _takes_stream(x, weight, weight.shape[0] // 2, is_gated=True):
         from vlmrt.kernels.triton.decode_linear import decode_linear
 
-        if x.shape[0] <= MAX_FUSED_ROWS:
-            norm_weight, eps = (None, 0.0) if norm is None else norm
-            return decode_linear(x, weight, is_gated=True, norm_weight=norm_weight, eps=eps)
-        return decode_linear(x if norm is None else rms_norm(x, *norm), weight, is_gated=True)
-    return silu_and_mul(linear(x, weight, norm=norm))
+        return decode_linear(x, weight, is_gated=True)
+    return silu_and_mul(linear(x, weight))
 
 
 def _takes_stream(x: Tensor, weight: Tensor, num_columns: int, is_gated: bool = False) -> bool:
@@ -119,10 +84,3 @@ def _takes_stream(x: Tensor, weight: Tensor, num_columns: int, is_gated: bool = 
         and weight.is_contiguous()
         and torch.cuda.get_device_capability(x.device)[0] in (9, 10)  # others have less shared memory than is asked for
     )
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if x.device.type == "cpu" and x.dtype == torch.float32 and 1 < x.shape[0] <= MAX_FEW_ROWS:
-        product = torch.mm(weight, x.t()).t().contiguous()
-        return product if bias is None else product.add_(bias)
-    return F.linear(x, weight, bias)

@@ -46,13 +46,16 @@ def published_specs() -> Iterator[CompileSpec]:
 
 def compiled_resources(spec: CompileSpec, capability: int) -> Resources:
     names = list(spec.kernel.arg_names)
+    constexprs = dict(spec.constexprs)
+    if "PDL" in names:
+        constexprs["PDL"] = capability >= 90
     signature, attributes = {}, {}
     for index, name in enumerate(names):
-        kind, _, multiple = ("constexpr" if name in spec.constexprs else spec.signature[name]).partition(":")
+        kind, _, multiple = ("constexpr" if name in constexprs else spec.signature[name]).partition(":")
         signature[name] = kind
         if multiple or kind.startswith("*"):
             attributes[(index,)] = [["tt.divisibility", int(multiple or 16)]]
-    source = ASTSource(spec.kernel, signature, spec.constexprs, attributes)
+    source = ASTSource(spec.kernel, signature, constexprs, attributes)
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:

@@ -19,6 +19,6 @@ class CompileSpec(NamedTuple):
     # Run-time parameters: "*bf16" a pointer (taken as aligned to 16 bytes, as torch allocates), "i32" or "fp32" a
     # scalar, "i32:16" one that is a multiple of 16. A parameter that is specialised to 1 or None is a constexpr.
     signature: Mapping[str, str]
-    constexprs: Mapping[str, object]
+    constexprs: Mapping[str, object]  # but PDL, which goes by the GPU
     num_warps: int
     num_stages: int

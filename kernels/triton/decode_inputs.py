@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vlmrt.kernels.triton.compile_spec import CompileSpec
+from vlmrt.kernels.triton.overlap import overlap
 
 TILE = 128  # table entries that a program moves at once
 
@@ -23,7 +24,11 @@ def _decode_inputs(
     num_columns,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row)
     context = tl.load(context_lens_ptr + row)
@@ -63,6 +68,7 @@ def decode_inputs(
             BLOCK_SIZE=block_size,
             TILE=TILE,
             num_warps=1,
+            **overlap(slots.device),
         )
     return token_ids, lens, block_tables
 

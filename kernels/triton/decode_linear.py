@@ -1,14 +1,11 @@
 """Products of a few rows with a weight that is streamed once: on CUDA cores for 1 or 2 rows, else on tensor cores.
 
-Programmatic dependent launch, where the GPU has it: a kernel starts while the one in front of it still runs, asks for
-its weight, and only then waits. The weight must therefore be older than the kernel in front. All else is read and
-written after the wait, and every program waits, so that kernels without it may stand before and behind.
+A program asks for its weight before it waits for the kernel in front (overlap.py).
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -16,10 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmrt.kernels.linear import MAX_FUSED_ROWS
 from vlmrt.kernels.triton.compile_spec import CompileSpec
+from vlmrt.kernels.triton.overlap import overlap
 
 MAX_ROWS = 64
+MAX_VECTOR_ROWS = 2  # those of vector_kernel
 VECTOR = tl.constexpr(8)  # 16 bytes of bfloat16, the widest load
 
 
@@ -32,36 +30,18 @@ class Tiling(NamedTuple):
     num_stages: int = 1  # of tensor_kernel; vector_kernel has two, in registers
 
 
-@triton.jit
-def _inverse_rms(x, K, x_stride, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    rows = tl.arange(0, ROWS)
-    squares = tl.zeros((ROWS, BLOCK), tl.float32)
-    for k in range(0, K, BLOCK):
-        columns = k + tl.arange(0, BLOCK)
-        at = x + rows[:, None] * x_stride + columns[None, :]
-        values = tl.load(at, mask=(columns < K)[None, :], other=0.0).to(tl.float32)
-        squares += values * values
-    return tl.rsqrt(tl.sum(squares, axis=1) / K + eps)
-
-
 @triton.jit(do_not_specialize=["num_columns"])
 def vector_kernel(
     x,
     weight,
     out,
-    residual,
-    norm_weight,
     num_columns,
     K,
     x_stride,
-    residual_stride,
-    eps,
     ROWS: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
     GATED: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_NORM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -69,7 +49,6 @@ def vector_kernel(
     # loads are [rows, TILE_K], products [ROWS, TILE_N, TILE_K / VECTOR, VECTOR]: with TILE_K = 256 num_warps a thread
     # holds one vector of every row, so that all have one layout and threads exchange sums only once, at the end
     VECTORS: tl.constexpr = TILE_K // VECTOR
-    dtype = out.dtype.element_ty
     rows = tl.arange(0, ROWS)
     columns = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     offsets_k = tl.arange(0, TILE_K)
@@ -86,8 +65,6 @@ def vector_kernel(
 
     of_x = x + rows[:, None] * x_stride + offsets_k[None, :]
     chunk = tl.load(of_x, mask=inside, other=0.0)
-    if HAS_NORM:
-        inverse_rms = _inverse_rms(x, K, x_stride, eps, ROWS, TILE_K)[:, None]
     sums = tl.zeros((ROWS, TILE_N, VECTORS), tl.float32)
     up_sums = tl.zeros((ROWS, TILE_N, VECTORS), tl.float32)
     for k in range(0, K, TILE_K):
@@ -98,11 +75,7 @@ def vector_kernel(
         if GATED:
             up_next = tl.load(of_up + k_next, mask=inside_next, other=0.0, eviction_policy="evict_first")
         chunk_next = tl.load(of_x + k_next, mask=inside_next, other=0.0)
-        values = chunk.to(tl.float32)
-        if HAS_NORM:
-            scale = tl.load(norm_weight + k + offsets_k, mask=k + offsets_k < K, other=0.0).to(tl.float32)
-            values = (values * inverse_rms * scale[None, :]).to(dtype).to(tl.float32)
-        values = tl.reshape(values, (ROWS, 1, VECTORS, VECTOR))
+        values = tl.reshape(chunk.to(tl.float32), (ROWS, 1, VECTORS, VECTOR))
         sums += tl.sum(values * tl.reshape(w.to(tl.float32), (1, TILE_N, VECTORS, VECTOR)), axis=3)
         if GATED:
             up_sums += tl.sum(values * tl.reshape(up.to(tl.float32), (1, TILE_N, VECTORS, VECTOR)), axis=3)
@@ -113,10 +86,7 @@ def vector_kernel(
     if GATED:
         product = product * tl.sigmoid(product) * tl.sum(up_sums, axis=2)
     written = (columns < num_columns)[None, :]
-    if HAS_RESIDUAL:
-        at = residual + rows[:, None] * residual_stride + columns[None, :]
-        product = product.to(dtype).to(tl.float32) + tl.load(at, mask=written, other=0.0).to(tl.float32)
-    tl.store(out + rows[:, None] * num_columns + columns[None, :], product.to(dtype), mask=written)
+    tl.store(out + rows[:, None] * num_columns + columns[None, :], product.to(out.dtype.element_ty), mask=written)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_columns"])
@@ -173,7 +143,7 @@ def tensor_kernel(
 
 def choose_tiling(num_rows: int, num_columns: int, is_gated: bool) -> Tiling:
     """Timed on an H100 over the shapes of Qwen2-VL 2B and 7B (benchmarks/results/2026-11-22-h100-kernels.md)."""
-    if num_rows <= MAX_FUSED_ROWS:
+    if num_rows <= MAX_VECTOR_ROWS:
         if is_gated:
             return Tiling(4, 512, 2)
         if num_columns <= 2048:
@@ -186,26 +156,12 @@ def choose_tiling(num_rows: int, num_columns: int, is_gated: bool) -> Tiling:
     return Tiling(64, 128, 4, 4) if num_rows <= 32 else Tiling(128, 64, 4, 5)
 
 
-def decode_linear(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    is_gated: bool = False,
-    norm_weight: Tensor | None = None,
-    eps: float = 0.0,
-    residual: Tensor | None = None,
-    tiling: Tiling | None = None,
-) -> Tensor:
-    """As vlmrt.kernels.linear.linear, or gated_linear where is_gated, for 1 to MAX_ROWS rows.
-
-    norm_weight and eps, an RMSNorm of x in front, and residual, an addition behind, are for MAX_FUSED_ROWS rows.
-    """
+def decode_linear(x: Tensor, weight: Tensor, *, is_gated: bool = False, tiling: Tiling | None = None) -> Tensor:
+    """As vlmrt.kernels.linear.linear, or gated_linear where is_gated, for 1 to MAX_ROWS rows."""
     num_rows, K = x.shape
     num_columns = weight.shape[0] // 2 if is_gated else weight.shape[0]
-    is_vector = num_rows <= MAX_FUSED_ROWS
     assert 1 <= num_rows <= MAX_ROWS
     assert weight.is_contiguous()
-    assert is_vector or (norm_weight is None and residual is None)
     if x.stride(1) != 1:
         x = x.contiguous()
     out = torch.empty((num_rows, num_columns), dtype=x.dtype, device=x.device)
@@ -213,65 +169,35 @@ def decode_linear(
         tiling = choose_tiling(num_rows, num_columns, is_gated)
     grid = (triton.cdiv(num_columns, tiling.tile_n),)
     constants: dict[str, object] = {"TILE_N": tiling.tile_n, "TILE_K": tiling.tile_k, "GATED": is_gated}
-    options: dict[str, object] = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
-    constants["PDL"] = has_dependent_launch(x.device)
-    if constants["PDL"]:
-        options["launch_pdl"] = True
-    if not is_vector:
+    options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages, **overlap(x.device)}
+    if num_rows <= MAX_VECTOR_ROWS:
+        vector_kernel[grid](x, weight, out, num_columns, K, x.stride(0), ROWS=num_rows, **constants, **options)
+    else:
         constants |= {"ROWS": max(16, triton.next_power_of_2(num_rows)), "EVEN_K": K % tiling.tile_k == 0}
         tensor_kernel[grid](x, weight, out, num_rows, num_columns, K, x.stride(0), **constants, **options)
-        return out
-    if residual is not None and residual.stride(1) != 1:
-        residual = residual.contiguous()
-    constants |= {"ROWS": num_rows, "HAS_RESIDUAL": residual is not None, "HAS_NORM": norm_weight is not None}
-    vector_kernel[grid](
-        x,
-        weight,
-        out,
-        out if residual is None else residual,
-        weight if norm_weight is None else norm_weight,
-        num_columns,
-        K,
-        x.stride(0),
-        0 if residual is None else residual.stride(0),
-        eps,
-        **constants,
-        **options,
-    )
     return out
 
 
-@functools.cache
-def has_dependent_launch(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 def compile_specs() -> list[CompileSpec]:
-    """What is served, without programmatic dependent launch, so that every GPU's compiler takes it."""
-    pointers = dict.fromkeys(("x", "weight", "out", "residual", "norm_weight"), "*bf16")
-    sizes = {"num_rows": "i32", "num_columns": "i32", "K": "i32:16", "x_stride": "i32:16", "residual_stride": "i32:16"}
-    signature = {**pointers, **sizes, "eps": "fp32"}
+    pointers = dict.fromkeys(("x", "weight", "out"), "*bf16")
+    sizes = {"num_rows": "i32", "num_columns": "i32", "K": "i32:16", "x_stride": "i32:16"}
+    signature = {**pointers, **sizes}
     specs = []
-    for num_rows, num_columns, is_gated, is_fused in (
-        *((num_rows, 1536, False, is_fused) for num_rows in (1, 2) for is_fused in (False, True)),
-        *((1, 3584, False, False), (2, 3584, False, False), (2, 152064, False, False)),
-        *((num_rows, 8960, True, is_fused) for num_rows in (1, 2) for is_fused in (False, True)),
-        *((num_rows, 152064, False, False) for num_rows in (16, 32, 64)),
-        *((num_rows, 18944, True, False) for num_rows in (16, 32, 64)),
+    for num_rows, num_columns, is_gated in (
+        *((1, 1536, False), (2, 1536, False), (1, 3584, False), (2, 3584, False), (2, 152064, False)),
+        *((1, 8960, True), (2, 8960, True)),
+        *((num_rows, 152064, False) for num_rows in (16, 32, 64)),
+        *((num_rows, 18944, True) for num_rows in (16, 32, 64)),
     ):
         tiling = choose_tiling(num_rows, num_columns, is_gated)
         constants = {"ROWS": num_rows, "TILE_N": tiling.tile_n, "TILE_K": tiling.tile_k, "GATED": is_gated}
-        is_vector = num_rows <= MAX_FUSED_ROWS
-        own = {"HAS_RESIDUAL": is_fused and not is_gated, "HAS_NORM": is_fused} if is_vector else {"EVEN_K": True}
-        form = ("gated " if is_gated else "") + ("fused " if is_fused else "")
-        kernel = vector_kernel if is_vector else tensor_kernel
-        taken = {name: kind for name, kind in signature.items() if name in kernel.arg_names}
+        kernel = vector_kernel if num_rows <= MAX_VECTOR_ROWS else tensor_kernel
         specs.append(
             CompileSpec(
-                f"decode_linear {form}{num_rows} {num_columns}",
+                f"decode_linear {'gated ' if is_gated else ''}{num_rows} {num_columns}",
                 kernel,
-                taken,
-                {**constants, **own, "PDL": False},
+                {name: kind for name, kind in signature.items() if name in kernel.arg_names},
+                constants if kernel is vector_kernel else {**constants, "EVEN_K": True},
                 tiling.num_warps,
                 tiling.num_stages,
             )

@@ -18,18 +18,27 @@ from torch import Tensor
 
 from vlmrt.kernels.paged_attention import PagedBatch
 from vlmrt.kernels.triton.compile_spec import CompileSpec
+from vlmrt.kernels.triton.overlap import overlap
 
 LOG2_E = 1.4426950408889634
 NOTHING_SEEN = tl.constexpr(-1.0e30)
 
 DECODE_PROGRAMS_PER_SM = 4
 MAX_SPLITS = 64
+USUAL_CONTEXT = 384  # tokens at which a decode step has one program with work for each SM
 
 
 class DecodeTiling(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
+
+
+class Splits(NamedTuple):
+    """How the context of a decode row is shared out."""
+
+    num: int  # a power of two; more programs than have work where the context is short
+    tokens_each: int  # a row takes another split for every so many tokens, as far as num goes
 
 
 class PrefillTiling(NamedTuple):
@@ -108,27 +117,31 @@ def _attend(
 
 
 @triton.jit
-def _split_range(context, num_splits, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(first key of the first split, tokens of a split) of a decode row, both multiples of BLOCK_N."""
+def _split_range(context, num_splits, tokens_each, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(first key of the first split, tokens of a split) of a decode row, both multiples of BLOCK_N.
+
+    A row of few tokens leaves splits without work. Where one takes the whole row, it writes the result itself.
+    """
     first = context * 0
     if WINDOW > 0:
         first = tl.maximum(context - WINDOW, 0) // BLOCK_N * BLOCK_N
-    split_tokens = tl.cdiv(tl.cdiv(context - first, num_splits), BLOCK_N) * BLOCK_N
-    return first, split_tokens
+    num_used = tl.minimum(num_splits, tl.maximum(tl.cdiv(context - first, tokens_each), 1))
+    return first, tl.cdiv(tl.cdiv(context - first, num_used), BLOCK_N) * BLOCK_N
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit(do_not_specialize=["table_stride", "tokens_each"])
 def _decode_kernel(
     q,
     k_cache,
     v_cache,
     context_lens,
     block_tables,
-    out,  # written when there is one split,
+    out,  # written for rows of one split,
     partial_out,  # else [rows, heads, splits, BLOCK_D] float32, each split's own softmax average
     partial_lse,  # and [rows, heads, splits] float32, the base-2 logarithm of the sum of its weights
     score_scale,
     table_stride,
+    tokens_each,
     Q_ROW_STRIDE: tl.constexpr,
     Q_HEAD_STRIDE: tl.constexpr,
     BLOCK_STRIDE: tl.constexpr,
@@ -154,10 +167,10 @@ def _decode_kernel(
     kv_head = tl.program_id(1)
     row = tl.program_id(2)
     context = tl.load(context_lens + row)
-    first, split_tokens = _split_range(context, num_splits, WINDOW, BLOCK_N)
+    first, split_tokens = _split_range(context, num_splits, tokens_each, WINDOW, BLOCK_N)
     begin = first + split * split_tokens
     end = tl.minimum(begin + split_tokens, context)
-    if SPLIT and begin >= end:
+    if split > 0 and begin >= end:
         return
 
     member = tl.arange(0, BLOCK_M)
@@ -203,7 +216,7 @@ def _decode_kernel(
 
     average = acc / tl.where(total > 0, total, 1.0)[:, None]
     row_head = row.to(tl.int64) * NUM_HEADS + head
-    if SPLIT:
+    if SPLIT and (split > 0 or end < context):
         part = row_head * num_splits + split
         tl.store(partial_out + part[:, None] * BLOCK_D + dim[None, :], average, mask=(member < GROUP)[:, None])
         tl.store(partial_lse + part, peak + tl.log2(total), mask=member < GROUP)
@@ -212,12 +225,13 @@ def _decode_kernel(
         tl.store(out + row_head[:, None] * HEAD_DIM + dim[None, :], rounded, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens_each"])
 def _combine_kernel(
     partial_out,
     partial_lse,
     context_lens,
     out,
+    tokens_each,
     NUM_HEADS: tl.constexpr,
     WINDOW: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -226,14 +240,17 @@ def _combine_kernel(
     NUM_SPLITS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Average of one row's and head's splits by their weights; the splits that had nothing to read are left out."""
+    """Average of one row's and head's splits by their weights; the splits that had nothing to read are left out, and so
+    are the rows of one split."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0)
     row_head = row.to(tl.int64) * NUM_HEADS + tl.program_id(1)
     context = tl.load(context_lens + row)
-    first, split_tokens = _split_range(context, NUM_SPLITS, WINDOW, BLOCK_N)
+    first, split_tokens = _split_range(context, NUM_SPLITS, tokens_each, WINDOW, BLOCK_N)
+    if context <= first + split_tokens:
+        return
     split = tl.arange(0, NUM_SPLITS)
     dim = tl.arange(0, BLOCK_D)
     used = first + split * split_tokens < context
@@ -387,9 +404,9 @@ def paged_attention_triton(
     batch: PagedBatch,
     scale: float,
     sliding_window: int | None = None,
-    num_splits: int | None = None,
+    splits: Splits | None = None,
 ) -> Tensor:
-    """As vlmrt.kernels.paged_attention.paged_attention; num_splits, a power of two, overrides the choice for decode.
+    """As vlmrt.kernels.paged_attention.paged_attention; splits overrides the choice for decode.
 
     The launches depend on shapes, num_decodes and the number of sequences alone, and nothing is read from the device:
     a step can be captured in a CUDA graph and replayed with other lengths, up to what block_tables holds.
@@ -404,19 +421,23 @@ def paged_attention_triton(
     constants = _constants(q, k_cache, sliding_window)
     if batch.num_decodes:
         bound = batch.block_tables.shape[1] * k_cache.shape[1]
-        if num_splits is None:
-            num_splits = choose_num_splits(batch.num_decodes, num_kv_heads, bound, _num_sms(q.device))
-        _launch_decode(q, k_cache, v_cache, batch, scale * LOG2_E, out, num_splits, constants)
+        if splits is None:
+            splits = choose_splits(batch.num_decodes, num_kv_heads, bound, _num_sms(q.device))
+        _launch_decode(q, k_cache, v_cache, batch, scale * LOG2_E, out, splits, constants)
     if num_rows > batch.num_decodes:
         _launch_prefill(q, k_cache, v_cache, batch, scale * LOG2_E, out, constants)
     return out
 
 
-def choose_num_splits(num_decodes: int, num_kv_heads: int, max_context: int, num_sms: int) -> int:
-    """The power of two that fills the GPU with programs, as far as the longest possible context has tiles for them."""
+def choose_splits(num_decodes: int, num_kv_heads: int, max_context: int, num_sms: int) -> Splits:
+    """Splits that fill the GPU with programs where contexts are long, as far as the longest has work for them.
+
+    With many rows a short context fills the GPU in few splits: more would cost their partial results and gain nothing.
+    """
     programs = num_decodes * num_kv_heads
-    wanted = min(DECODE_PROGRAMS_PER_SM * num_sms // programs, -(-max_context // DECODE.block_n), MAX_SPLITS)
-    return 1 << max(0, wanted.bit_length() - 1)
+    tokens_each = triton.cdiv(USUAL_CONTEXT * programs, num_sms * DECODE.block_n) * DECODE.block_n
+    wanted = min(DECODE_PROGRAMS_PER_SM * num_sms // programs, triton.cdiv(max_context, tokens_each), MAX_SPLITS)
+    return Splits(1 << max(0, wanted.bit_length() - 1), tokens_each)
 
 
 def choose_tiling(num_tokens: int, group: int, num_kv_heads: int, num_sms: int, dtype: torch.dtype) -> PrefillTiling:
@@ -433,17 +454,16 @@ def _launch_decode(
     batch: PagedBatch,
     score_scale: float,
     out: Tensor,
-    num_splits: int,
+    splits: Splits,
     constants: dict[str, int],
 ) -> None:
     rows, num_heads, num_kv_heads = batch.num_decodes, q.shape[1], k_cache.shape[2]
-    overlap = _overlap(q.device)
     partial_out, partial_lse = out, out
-    if num_splits > 1:
-        parts = (rows, num_heads, num_splits)
+    if splits.num > 1:
+        parts = (rows, num_heads, splits.num)
         partial_out = torch.empty((*parts, constants["BLOCK_D"]), dtype=torch.float32, device=q.device)
         partial_lse = torch.empty(parts, dtype=torch.float32, device=q.device)
-    _decode_kernel[(num_splits, num_kv_heads, rows)](
+    _decode_kernel[(splits.num, num_kv_heads, rows)](
         q,
         k_cache,
         v_cache,
@@ -454,24 +474,26 @@ def _launch_decode(
         partial_lse,
         score_scale,
         batch.block_tables.stride(0),
+        splits.tokens_each,
         **constants,
         BLOCK_M=max(16, triton.next_power_of_2(constants["GROUP"])),
         BLOCK_N=DECODE.block_n,
-        SPLIT=num_splits > 1,
+        SPLIT=splits.num > 1,
         num_warps=DECODE.num_warps,
         num_stages=DECODE.num_stages,
-        **overlap,
+        **overlap(q.device),
     )
-    if num_splits > 1:
+    if splits.num > 1:
         _combine_kernel[(rows, num_heads)](
             partial_out,
             partial_lse,
             batch.context_lens,
             out,
+            splits.tokens_each,
             **_combine_constants(constants),
-            NUM_SPLITS=num_splits,
+            NUM_SPLITS=splits.num,
             num_warps=4,
-            **overlap,
+            **overlap(q.device),
         )
 
 
@@ -536,14 +558,6 @@ def _combine_constants(constants: dict[str, int]) -> dict[str, int]:
 
 
 @functools.cache
-def _overlap(device: torch.device) -> dict[str, bool]:
-    """Programmatic dependent launch, where the GPU has it: programs are placed while the kernel in front still runs."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
-        return {"PDL": True, "launch_pdl": True}
-    return {"PDL": False}
-
-
-@functools.cache
 def _num_sms(device: torch.device) -> int:
     if device.type != "cuda":  # the interpreter
         return 4
@@ -564,11 +578,11 @@ def compile_specs() -> list[CompileSpec]:
     for model, num_heads, num_kv_heads in (("2b", 12, 2), ("7b", 28, 4)):
         q = torch.empty(1, num_heads, 128, device="meta")
         constants = _constants(q, torch.empty(1, 16, num_kv_heads, 128, device="meta"), None)
-        tile = {"BLOCK_M": 16, "BLOCK_N": DECODE.block_n, "SPLIT": True, "PDL": False}
+        tile = {"BLOCK_M": 16, "BLOCK_N": DECODE.block_n, "SPLIT": True}
         decode = CompileSpec(
             f"paged_attention_decode_{model}",
             _decode_kernel,
-            {**common, **partials},
+            {**common, **partials, "tokens_each": "i32"},
             {**constants, **tile},
             DECODE.num_warps,
             DECODE.num_stages,
@@ -587,8 +601,8 @@ def compile_specs() -> list[CompileSpec]:
     combine = CompileSpec(
         "paged_attention_combine",
         _combine_kernel,
-        {**partials, "context_lens": "*i32", "out": "*bf16"},
-        {**_combine_constants(constants), "NUM_SPLITS": MAX_SPLITS, "PDL": False},
+        {**partials, "context_lens": "*i32", "out": "*bf16", "tokens_each": "i32"},
+        {**_combine_constants(constants), "NUM_SPLITS": MAX_SPLITS},
         4,
         3,
     )

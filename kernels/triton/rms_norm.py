@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vlmrt.kernels.triton.compile_spec import CompileSpec
+from vlmrt.kernels.triton.overlap import overlap
 from vlmrt.kernels.triton.rows import as_rows, row_block
 
 
@@ -23,19 +24,24 @@ def _rms_norm_kernel(
     eps,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
-    # Loads stay in this order: the weight is on its way while the row, which is needed first, is waited for.
-    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    # Loads stay in this order: the weight, which comes from HBM, is on its way while the row is waited for.
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     if residual_ptr is not None:
         x += tl.load(residual_ptr + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
         rounded = x.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + row * WIDTH + column, rounded, mask=inside)
         x = rounded.to(tl.float32)
-    normed = x * tl.rsqrt(tl.sum(x * x) / WIDTH + eps) * weight
+    normed = x * tl.rsqrt(tl.sum(x * x) / WIDTH + eps) * weight.to(tl.float32)
     tl.store(out_ptr + row * WIDTH + column, normed.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -45,7 +51,18 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     width = x.shape[-1]
     block, num_warps = row_block(width)
     _rms_norm_kernel[(rows.shape[0],)](
-        rows, None, weight, out, None, rows.stride(0), 0, eps, width, block, num_warps=num_warps
+        rows,
+        None,
+        weight,
+        out,
+        None,
+        rows.stride(0),
+        0,
+        eps,
+        width,
+        block,
+        num_warps=num_warps,
+        **overlap(x.device),
     )
     return out
 
@@ -67,6 +84,7 @@ def add_rms_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float)
         width,
         block,
         num_warps=num_warps,
+        **overlap(x.device),
     )
     return out, total
 

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vlmrt.kernels.triton.compile_spec import CompileSpec
+from vlmrt.kernels.triton.overlap import overlap
 
 HEADS = 4
 NUM_WARPS = 1
@@ -36,7 +37,10 @@ def _rope_and_cache_kernel(
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
     HEADS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     ALL_HEADS: tl.constexpr = NUM_HEADS + 2 * NUM_KV_HEADS
     TILES: tl.constexpr = (ALL_HEADS + HEADS - 1) // HEADS
     token = (tl.program_id(0) // TILES).to(tl.int64)
@@ -46,19 +50,24 @@ def _rope_and_cache_kernel(
     is_query = head < NUM_HEADS
     is_value = head >= NUM_HEADS + NUM_KV_HEADS
 
+    column = head * (2 * HALF) + pair
+    if bias_ptr is not None:
+        bias_low = tl.load(bias_ptr + column, mask=inside, other=0.0)
+        bias_high = tl.load(bias_ptr + column + HALF, mask=inside, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     slot = tl.load(slot_mapping_ptr + token)
     # The upper half of a table holds each pair's cosine and the sine with its own sign.
     table = token * 2 * HALF + HALF + pair
     cos = tl.load(cos_ptr + table, mask=pair < HALF, other=0.0)
     sin = tl.load(sin_ptr + table, mask=pair < HALF, other=0.0)
-    column = head * (2 * HALF) + pair
     low = tl.load(qkv_ptr + token * qkv_stride + column, mask=inside, other=0.0)
     high = tl.load(qkv_ptr + token * qkv_stride + column + HALF, mask=inside, other=0.0)
     dtype = low.dtype
     low, high = low.to(tl.float32), high.to(tl.float32)
     if bias_ptr is not None:
-        low += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        high += tl.load(bias_ptr + column + HALF, mask=inside, other=0.0).to(tl.float32)
+        low += bias_low.to(tl.float32)
+        high += bias_high.to(tl.float32)
         low, high = low.to(dtype).to(tl.float32), high.to(dtype).to(tl.float32)  # as the projection's own would
     turned_low = tl.where(is_value, low, low * cos - high * sin).to(dtype)
     turned_high = tl.where(is_value, high, high * cos + low * sin).to(dtype)
@@ -111,6 +120,7 @@ def rope_and_cache_triton(
         triton.next_power_of_2(half),
         HEADS,
         num_warps=NUM_WARPS,
+        **overlap(qkv.device),
     )
     return q
 

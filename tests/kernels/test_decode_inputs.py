@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.places import ON_GPU
 from vlmrt.kernels.decode_inputs import decode_inputs_reference
 from vlmrt.kernels.triton.decode_inputs import decode_inputs
 
@@ -28,7 +29,7 @@ def rows(contexts: list[int], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 
 @pytest.mark.parametrize("contexts", [[1], [4, 5, 8], [1200, 3, -1, 513, 512, -1], []])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
 def test_rows_get_their_slot_s_token_and_blocks(contexts: list[int], device: str) -> None:
     slots, lens, slot_mapping, last_tokens, tables = (x.to(device) for x in rows(contexts, len(contexts)))
     changed, expected = tables.clone(), tables.clone()

@@ -12,15 +12,14 @@ from tests.kernels.exactness import normal
 from tests.kernels.places import ON_GPU, PLACES
 from vlmrt.kernels.linear import (
     MAX_FEW_ROWS,
-    MAX_FUSED_ROWS,
-    RmsNorm,
     gated_linear,
     gated_linear_reference,
     is_streamed,
     linear,
     linear_reference,
 )
-from vlmrt.kernels.triton.decode_linear import MAX_ROWS, Tiling, decode_linear
+from vlmrt.kernels.rms_norm import add_rms_norm
+from vlmrt.kernels.triton.decode_linear import MAX_ROWS, MAX_VECTOR_ROWS, Tiling, decode_linear
 
 EPS = 1e-6
 ROWS = (1, 2, 3, 8, 17, MAX_ROWS)
@@ -51,10 +50,6 @@ def test_linear_is_as_exact_as_eager(rows: int, has_bias: bool, dtype: torch.dty
         assert error <= 2 * eager_error + torch.finfo(dtype).eps / 2 * exact.abs().max()
 
 
-def double(norm: RmsNorm | None) -> RmsNorm | None:
-    return None if norm is None else RmsNorm(norm.weight.double(), norm.eps)
-
-
 def assert_exact(found: Tensor, exact: Tensor, num_roundings: int = 1) -> None:
     """Within so many roundings of the largest value; one is what float32 sums rounded once have, and some to spare."""
     assert found.shape == exact.shape
@@ -74,7 +69,7 @@ def fresh(*shape: int, dtype: torch.dtype, device: str, scale: float = 1.0) -> T
 
 def small_tiling(rows: int, K: int, dtype: torch.dtype) -> Tiling | None:
     """Where the tiling that is served would take a row at once, or more memory than there is for float32."""
-    if rows <= MAX_FUSED_ROWS:
+    if rows <= MAX_VECTOR_ROWS:
         return Tiling(8, 512, 2) if K > 1000 else None
     return Tiling(16, 64, 4, 2) if dtype == torch.float32 else None
 
@@ -102,34 +97,6 @@ def test_rows_may_lie_apart(rows: int, order: str, device: str, dtype: torch.dty
     weight = fresh(40, 144, dtype=dtype, device=device, scale=1 / 12)
     tiling = small_tiling(rows, 144, dtype)
     assert_exact(decode_linear(x, weight, tiling=tiling), linear_reference(x.double(), weight.double()))
-
-
-@pytest.mark.parametrize(("device", "dtype"), PLACES)
-@pytest.mark.parametrize("rows", range(1, MAX_FUSED_ROWS + 1))
-@pytest.mark.parametrize("K", [96, 1104])
-def test_norm_and_residual_are_taken_into_the_product(rows: int, K: int, device: str, dtype: torch.dtype) -> None:
-    x = fresh(rows, K + 16, dtype=dtype, device=device)[:, :K] * 3
-    norm = RmsNorm(fresh(K, dtype=dtype, device=device), EPS)
-    residual = fresh(rows, 100, dtype=dtype, device=device)[:, 20:58]
-    weight = fresh(38, K, dtype=dtype, device=device, scale=K**-0.5)
-    tiling = small_tiling(rows, K, dtype)
-    found = decode_linear(x, weight, norm_weight=norm.weight, eps=EPS, residual=residual, tiling=tiling)
-    wide = (x.double(), weight.double())
-    assert_exact(found, linear_reference(*wide, norm=double(norm), residual=residual.double()), 2)
-    found = decode_linear(x, weight, residual=residual)
-    assert_exact(found, linear_reference(*wide, residual=residual.double()), 2)
-    found = decode_linear(x, weight, is_gated=True, norm_weight=norm.weight, eps=EPS)
-    assert_exact(found, gated_linear_reference(*wide, norm=double(norm)), 2)
-
-
-@pytest.mark.parametrize("rows", [1, 3])
-def test_norm_and_residual_are_the_same_without_the_kernel(rows: int) -> None:
-    x, weight = normal(rows, 48), normal(20, 48) / 7
-    norm, residual = RmsNorm(normal(48, seed=1), EPS), normal(rows, 20)
-    wide = (x.double(), weight.double())
-    exact = linear_reference(*wide, norm=double(norm), residual=residual.double())
-    assert_exact(linear(x, weight, norm=norm, residual=residual), exact)
-    assert_exact(gated_linear(x, weight, norm=norm), gated_linear_reference(*wide, norm=double(norm)))
 
 
 def test_a_gated_weight_has_two_halves() -> None:
@@ -183,13 +150,15 @@ def test_a_captured_layer_replays_on_new_rows(rows: int, marked: str) -> None:
     hidden, F = 1536, 8960
     make = {"dtype": torch.bfloat16, "device": marked}
     x = torch.randn(rows, hidden, **make)  # type: ignore[call-overload]
-    norm = RmsNorm(torch.randn(hidden, **make), EPS)  # type: ignore[call-overload]
+    norm_weight = torch.randn(hidden, **make)  # type: ignore[call-overload]
     gate_up = torch.randn(2 * F, hidden, **make) * hidden**-0.5  # type: ignore[call-overload]
     down = torch.randn(hidden, F, **make) * F**-0.5  # type: ignore[call-overload]
 
     def layer(x: Tensor) -> Tensor:
+        residual = x
         for _ in range(8):
-            x = linear(gated_linear(x, gate_up, norm=norm), down, residual=x)
+            x, residual = add_rms_norm(x, residual, norm_weight, EPS)
+            x = linear(gated_linear(x, gate_up), down)
             x = x / x.float().square().mean(-1, keepdim=True).sqrt().to(x.dtype)
         return x
 

@@ -13,7 +13,7 @@ from tests.kernels.exactness import normal
 from tests.kernels.places import PLACES
 from tests.kernels.test_attention import SCALE, exact_attention
 from vlmrt.kernels.paged_attention import PagedBatch, paged_attention
-from vlmrt.kernels.triton.paged_attention import choose_num_splits, paged_attention_triton
+from vlmrt.kernels.triton.paged_attention import DECODE, Splits, choose_splits, paged_attention_triton
 
 BLOCK_SIZE = 16
 PADDING = 3
@@ -115,21 +115,27 @@ def test_each_query_sees_its_sequence_up_to_itself(
 
 @pytest.mark.parametrize(("device", "dtype"), PLACES)
 @pytest.mark.parametrize("window", [None, 40])
-@pytest.mark.parametrize("num_splits", [1, 2, 8])
+@pytest.mark.parametrize("splits", [Splits(1, 32), Splits(2, 32), Splits(8, 32), Splits(8, 96)])
 def test_the_number_of_splits_changes_nothing_but_rounding(
-    num_splits: int, window: int | None, device: str, dtype: torch.dtype
+    splits: Splits, window: int | None, device: str, dtype: torch.dtype
 ) -> None:
     step = make_step((3, 1), 32, [(1, 150), (1, 32), (1, 0)], window, dtype, device)
-    attended = paged_attention_triton(*step[:4], SCALE, window, num_splits)
+    attended = paged_attention_triton(*step[:4], SCALE, window, splits)
     step.assert_exact(attended)
 
 
 def test_splits_fill_the_gpu_and_never_outnumber_the_tiles_of_the_longest_context() -> None:
-    assert choose_num_splits(num_decodes=1, num_kv_heads=2, max_context=8192, num_sms=132) == 64
-    assert choose_num_splits(num_decodes=1, num_kv_heads=2, max_context=300, num_sms=132) == 8
-    assert choose_num_splits(num_decodes=64, num_kv_heads=2, max_context=8192, num_sms=132) == 4
-    assert choose_num_splits(num_decodes=256, num_kv_heads=4, max_context=8192, num_sms=132) == 1
-    assert choose_num_splits(num_decodes=1, num_kv_heads=2, max_context=0, num_sms=132) == 1
+    assert choose_splits(num_decodes=1, num_kv_heads=2, max_context=8192, num_sms=132).num == 64
+    assert choose_splits(num_decodes=1, num_kv_heads=2, max_context=300, num_sms=132).num == 8
+    assert choose_splits(num_decodes=64, num_kv_heads=2, max_context=8192, num_sms=132).num == 4
+    assert choose_splits(num_decodes=256, num_kv_heads=4, max_context=8192, num_sms=132).num == 1
+    assert choose_splits(num_decodes=1, num_kv_heads=2, max_context=0, num_sms=132).num == 1
+
+
+def test_the_more_rows_there_are_the_more_tokens_a_split_takes() -> None:
+    each = [choose_splits(rows, num_kv_heads=4, max_context=8192, num_sms=132).tokens_each for rows in (1, 8, 16, 64)]
+    assert each == [32, 96, 192, 768]
+    assert all(tokens % DECODE.block_n == 0 for tokens in each)
 
 
 GPU_ROWS = {
