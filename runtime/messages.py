@@ -303,8 +303,9 @@ class StepResult(Message, frozen=True):
     """The step is complete on the device: its embedding rows are copied, its tokens sampled."""
 
     step: int
-    token_ids: tuple[int, ...]  # one for every row with sample=True, in row order
+    token_ids: tuple[int, ...]  # one for every row with sample=True that has not failed, in row order
     duration_ms: float  # of this step alone: not its wait behind the step before it
+    failed: tuple[int, ...] = ()  # rows of the plan that found no memory even alone: their sequences are lost
 
 
 # ---------------------------------------------------------------- actor -> supervisor

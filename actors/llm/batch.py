@@ -112,6 +112,41 @@ def build_batch(plan: StepPlan, slots: Slots, merge_size: int) -> HostBatch:
     return batch
 
 
+def part_of(batch: HostBatch, keep: NDArray[np.bool_]) -> HostBatch:
+    """The rows of a batch that keep [S] names, as a batch of their own; the slots have counted their tokens already."""
+    query_lens = np.array(batch.query_lens, np.int64)
+    keep_tokens = np.repeat(keep, query_lens)
+    new_position = np.cumsum(keep_tokens) - 1
+    keep_unknown = keep_tokens[batch.unknown_positions]
+    keep_samples = keep[batch.sample_sequences]
+    cu_seqlens = np.zeros(int(keep.sum()) + 1, np.int32)
+    np.cumsum(query_lens[keep], out=cu_seqlens[1:])
+    return HostBatch(
+        token_ids=batch.token_ids[keep_tokens],
+        positions=batch.positions[:, keep_tokens],
+        slot_mapping=batch.slot_mapping[keep_tokens],
+        cu_seqlens=cu_seqlens,
+        context_lens=batch.context_lens[keep],
+        slots=batch.slots[keep],
+        block_tables=batch.block_tables[keep],
+        num_decodes=int(keep[: batch.num_decodes].sum()),
+        query_lens=tuple(query_lens[keep].tolist()),
+        context_lens_host=tuple(batch.context_lens[keep].tolist()),
+        unknown_positions=new_position[batch.unknown_positions[keep_unknown]],
+        unknown_slots=batch.unknown_slots[keep_unknown],
+        sample_sequences=(np.cumsum(keep) - 1)[batch.sample_sequences[keep_samples]],
+        sample_positions=new_position[batch.sample_positions[keep_samples]],
+        sample_slots=batch.sample_slots[keep_samples],
+        sample_admissions=batch.sample_admissions[keep_samples],
+        output_positions=batch.output_positions[keep_samples],
+        merges=tuple(
+            MergePart(part.source, int(new_position[part.first_position]))
+            for part in batch.merges
+            if keep_tokens[part.first_position]
+        ),
+    )
+
+
 def _check_rows(plan: StepPlan, slots: Slots, slot: Ints, start: Ints, stop: Ints, samples: NDArray[np.bool_]) -> None:
     if not len(slot):
         return

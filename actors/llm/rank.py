@@ -141,7 +141,8 @@ def load_rank(context: ActorContext) -> LoadedRank:
             )
         slots = Slots(config.scheduling.max_num_seqs, config.model.max_model_len, config.scheduling.block_size)
         threads = CpuThreads(model, config.parallel.llm_threads) if device.type == "cpu" else None
-        runner = Runner(model, kv, slots, model_config.vision.spatial_merge_size, device, threads)
+        merge_size = model_config.vision.spatial_merge_size
+        runner = Runner(model, kv, slots, merge_size, device, threads, config.parallel.tp)
         if device.type != "cpu":
             context.progress("recording steps", 0, 1)
             with room_for(RECORDED_STEPS, device, taken):

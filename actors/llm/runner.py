@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmrt.actors.llm.batch import HostBatch, Ints, MergePart, build_batch
+from vlmrt.actors.llm.batch import HostBatch, Ints, MergePart, build_batch, part_of
 from vlmrt.actors.llm.cpu_threads import CpuThreads
 from vlmrt.actors.llm.kv_cache import KvCache
 from vlmrt.actors.llm.sampler import Sampler
@@ -24,6 +25,9 @@ from vlmrt.runtime.messages import ActorName, Epoch, StepPlan, StepResult
 from vlmrt.runtime.slab import EmbeddingSlab, row_index
 
 SlabKey = tuple[ActorName, Epoch]
+Tokens = tuple[Tensor, Ints | slice]  # int64, and where the tokens of the rows that sample are among them
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +36,8 @@ class PendingStep:
 
     step: int
     batch: HostBatch
-    token_ids: Tensor  # int64 on the host, valid once done has happened
-    rows: Ints | slice  # where the tokens of the batch's R rows that sample are among them
+    tokens: tuple[Tokens, ...]  # on the host, valid once done has happened; in row order, failed rows left out
+    failed: tuple[int, ...]  # rows whose sequences are lost
     done: torch.cuda.Event | None  # None: a CPU has finished when launch returns
     started_s: float
 
@@ -49,8 +53,10 @@ class Runner:
         merge_size: int,
         device: torch.device,
         cpu_threads: CpuThreads | None = None,
+        tp_size: int = 1,
     ) -> None:
         self._model = model
+        self._tp_size = tp_size
         self._cpu_threads = cpu_threads
         self._kv = kv
         self._slots = slots
@@ -60,6 +66,7 @@ class Runner:
         self._graphs: StepGraphs | None = None
         self._completed_s = 0.0  # when the last step was
         self._slabs: dict[SlabKey, EmbeddingSlab] = {}
+        self._lost: set[int] = set()  # slots whose sequence found no memory: nothing of it runs until it is released
 
     def record(self, shapes: Sequence[StepShape]) -> None:
         """Record steps of these shapes on a GPU, while no sequence is in a slot."""
@@ -81,27 +88,33 @@ class Runner:
     def clear(self) -> None:
         """Forget all sequences and slabs; weights and the memory of the KV cache stay."""
         self._slots.clear()
+        self._lost.clear()
         for key in list(self._slabs):
             self.detach(key)
 
     def launch(self, plan: StepPlan) -> PendingStep:
         """Queue a step on the device; on a CPU, run it.
 
-        Raises: PlanError if the plan contradicts the slots or names a slab that is not attached.
+        A step that finds no memory runs again in pieces; a sequence that finds none even alone is lost, the others go
+        on.  Ranks of a group run each step together, so one of them cannot: there the error ends the rank.
+        Raises: PlanError if the plan contradicts the slots or names a slab that is not attached,
+        torch.OutOfMemoryError in a group of ranks.
         """
         started_s = time.perf_counter()
         batch = build_batch(plan, self._slots, self._merge_size)
         if self._cpu_threads is not None:
             self._cpu_threads.set_for(batch.num_tokens)
+        self._lost.difference_update(plan.release)
         with torch.inference_mode():
-            self._sampler.admit([sequence.slot for sequence in plan.admit])
-            token_ids, rows = self._run(batch)
+            self._admit([sequence.slot for sequence in plan.admit])
+            tokens, failed = self._run_what_can(batch)
+            if failed:
+                batch = part_of(batch, ~np.isin(np.arange(len(batch.slots)), failed))
             done = None
             if self._device.type != "cpu":
-                token_ids = token_ids.to("cpu", non_blocking=True)
                 done = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 done.record()
-        return PendingStep(plan.step, batch, token_ids, rows, done, started_s)
+        return PendingStep(plan.step, batch, tokens, failed, done, started_s)
 
     def is_done(self, pending: PendingStep) -> bool:
         return pending.done is None or bool(pending.done.query())  # type: ignore[no-untyped-call]
@@ -110,16 +123,78 @@ class Runner:
         """Wait for a step, the oldest of those launched, and learn its tokens."""
         if pending.done is not None:
             pending.done.synchronize()
-        token_ids = pending.token_ids.numpy()[pending.rows]
+        found = [token_ids.numpy()[rows] for token_ids, rows in pending.tokens]
+        token_ids = found[0] if len(found) == 1 else np.concatenate([np.zeros(0, np.int64), *found])
         self._slots.learn(pending.batch.sample_slots, pending.batch.sample_admissions, token_ids)
         completed_s = time.perf_counter()
         # A step that was launched ahead began when the one before it ended.
         duration_s = completed_s - max(pending.started_s, self._completed_s)
         self._completed_s = completed_s
-        return StepResult(pending.step, tuple(token_ids.tolist()), 1e3 * duration_s)
+        return StepResult(pending.step, tuple(token_ids.tolist()), 1e3 * duration_s, pending.failed)
 
-    def _run(self, batch: HostBatch) -> tuple[Tensor, Ints | slice]:
-        """(tokens on the device, where among them those of the rows that sample are)."""
+    def _admit(self, slots: Sequence[int]) -> None:
+        """Let the sampler take in new sequences; one that finds no memory for its penalties is lost."""
+        try:
+            self._sampler.admit(slots)
+        except torch.OutOfMemoryError:
+            if self._tp_size > 1:
+                raise
+        else:
+            return
+        torch.cuda.empty_cache()
+        for slot in slots:
+            try:
+                self._sampler.admit([slot])
+            except torch.OutOfMemoryError:
+                self._lose(slot)
+
+    def _try(self, batch: HostBatch) -> Tokens | None:
+        """The tokens, on their way to the host; None if there is no memory for this batch."""
+        try:
+            token_ids, rows = self._run(batch)
+            return token_ids if self._device.type == "cpu" else token_ids.to("cpu", non_blocking=True), rows
+        except torch.OutOfMemoryError:
+            if self._tp_size > 1:
+                raise
+        # Here, not above: as long as the error lives, its traceback holds the tensors of the step that failed.
+        torch.cuda.empty_cache()
+        logger.warning("no memory for %d rows, %d tokens at once", len(batch.slots), batch.num_tokens)
+        return None
+
+    def _run_what_can(self, batch: HostBatch) -> tuple[tuple[Tokens, ...], tuple[int, ...]]:
+        """(tokens, rows that failed): at once, else decode rows together and every other row alone.
+
+        What a step that failed has written is written again, with the same values, and it has sampled nothing.
+        """
+        is_whole = not self._lost or self._lost.isdisjoint(batch.slots.tolist())
+        if is_whole and (tokens_of_all := self._try(batch)) is not None:
+            return (tokens_of_all,), ()
+        num_rows, num_decodes = len(batch.slots), batch.num_decodes
+        lost = np.isin(batch.slots, sorted(self._lost))
+        failed = np.flatnonzero(lost).tolist()
+        pieces = [np.array([row]) for row in range(num_rows - 1, num_decodes - 1, -1) if not lost[row]]
+        pieces.append(np.flatnonzero(~lost[:num_decodes]))
+        tokens = []
+        while pieces:
+            rows = pieces.pop()
+            if not len(rows):
+                continue
+            found = self._try(part_of(batch, np.isin(np.arange(num_rows), rows)))
+            if found is not None:
+                tokens.append(found)
+            elif len(rows) == 1:
+                self._lose(int(batch.slots[rows[0]]))
+                failed.append(int(rows[0]))
+            else:
+                pieces += [rows[row : row + 1] for row in range(len(rows) - 1, -1, -1)]
+        return tuple(tokens), tuple(sorted(failed))
+
+    def _lose(self, slot: int) -> None:
+        logger.error("no memory for a step of slot %d alone: its request is given up", slot)
+        self._lost.add(slot)
+
+    def _run(self, batch: HostBatch) -> Tokens:
+        """The tokens on the device."""
         flags = self._slots.sampling.flags(batch.sample_slots)
         recorded = None if self._graphs is None else self._graphs.find(batch)
         if self._graphs is not None and recorded is not None:

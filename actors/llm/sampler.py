@@ -76,10 +76,13 @@ class Sampler:
         flags are those of SlotSampling for the same slots, or any that have more of them set and all_greedy not.
         """
         token_ids = sample(logits, self._sampling_batch(slots, output_positions, flags))
-        self.last_tokens[slots] = token_ids
-        if flags.any_penalties and self._output_counts is not None:
-            flat = slots * self._vocab_size + token_ids
-            self._output_counts.view(-1).index_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))
+        # Memory first, then writes: a step that finds no room has sampled nothing and may run again.
+        counted = flags.any_penalties and self._output_counts is not None
+        flat = slots * self._vocab_size + token_ids if counted else None
+        ones = torch.ones_like(slots, dtype=torch.int32) if counted else None
+        self.last_tokens.index_copy_(0, slots, token_ids)
+        if self._output_counts is not None and flat is not None and ones is not None:
+            self._output_counts.view(-1).index_add_(0, flat, ones)
         return token_ids
 
     def _sampling_batch(self, slots: Tensor, output_positions: Tensor, flags: SamplingFlags) -> SamplingBatch:

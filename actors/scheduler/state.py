@@ -48,6 +48,12 @@ from vlmrt.runtime.messages import (
     VitReady,
 )
 
+_OUT_OF_MEMORY = WireError(
+    503,
+    "the GPU has no memory left for a step of this request; lower --max-num-batched-tokens or --gpu-memory-fraction",
+    "out_of_memory",
+)
+
 
 class Send(NamedTuple):
     peer: ActorName
@@ -309,13 +315,19 @@ class State:
             self.counters.ignored_messages += 1
             return
         step = in_flight.popleft()
-        num_samples = sum(row.sample for row in step.rows)
+        failed = frozenset(result.failed)
+        num_samples = sum(row.sample for index, row in enumerate(step.rows) if index not in failed)
         if len(result.token_ids) != num_samples:
             raise ValueError(f"step {result.step} samples {num_samples} tokens, its result has {len(result.token_ids)}")
         self.embeds.end_step(self.llm.epoch, result.step)
-        self.planner.pacing.observe(step.num_decode_rows, step.num_prefill_tokens, result.duration_ms)
+        if not failed:
+            self.planner.pacing.observe(step.num_decode_rows, step.num_prefill_tokens, result.duration_ms)
         token_ids = iter(result.token_ids)
-        for row in step.rows:
+        for index, row in enumerate(step.rows):
+            if index in failed:
+                if row.is_current:
+                    self._fail(row.request, _OUT_OF_MEMORY)
+                continue
             token_id = next(token_ids) if row.sample else None
             if row.is_current:
                 self._on_row(row.request, row.num_tokens, token_id)

@@ -39,6 +39,7 @@ from vlmrt.runtime.messages import (
     RequestId,
     Sampling,
     SchedulerInbox,
+    StepResult,
     StopRule,
     Submit,
     SupervisorInbox,
@@ -63,6 +64,7 @@ SUBMIT = Submit(
 EXAMPLES: list[tuple[Any, Message]] = [
     (SchedulerInbox, SUBMIT),
     (SchedulerInbox, PixelsReady(MmHash("a"), ArenaRef(ActorName("media:0"), Epoch(1), 64, 12), (1, 2, 2, 3))),
+    (SchedulerInbox, StepResult(7, (5, 9), 1.5, (2, 3))),
     (SchedulerInbox, DecodeFailed(MmHash("a"), WireError(400, "no image", "bad_image", "messages.0"))),
     (EdgeInbox, TokenBatch((TokenOutput(RequestId("r1"), (5,), Usage(3, 0, 1), "stop"),))),
     (INBOXES["media"], Decode(MmHash("a"), b"\x00\xff" * 100, (4, 4), (28, 28), Epoch(1))),

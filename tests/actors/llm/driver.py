@@ -175,9 +175,10 @@ class Driver:
         return plan
 
     def take(self, rows: Sequence[tuple[Request, int]], plan: StepPlan, result: StepResult) -> None:
-        """Append what a step sampled."""
+        """Append what a step sampled; rows that failed have no token."""
         assert result.step == plan.step
-        sampling = [request for (request, _), row in zip(rows, plan.rows, strict=True) if row.sample]
+        pairs = [pair for index, pair in enumerate(zip(rows, plan.rows, strict=True)) if index not in result.failed]
+        sampling = [request for (request, _), row in pairs if row.sample]
         for request, token_id in zip(sampling, result.token_ids, strict=True):
             request.token_ids.append(token_id)
 
@@ -219,7 +220,7 @@ def make_runner(
         keys.fill_(float("nan"))
         values.fill_(float("nan"))
     slots = Slots(NUM_SLOTS, MAX_MODEL_LEN, BLOCK_SIZE)
-    runner = Runner(model, kv, slots, config.vision.spatial_merge_size, on)
+    runner = Runner(model, kv, slots, config.vision.spatial_merge_size, on, tp_size=tp.size)
     if slab is not None:
         runner.attach((VIT, VIT_EPOCH), slab)
     return runner

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
 import pytest
 
 from vlmrt.actors.llm import batch as batch_module
-from vlmrt.actors.llm.batch import build_batch
+from vlmrt.actors.llm.batch import build_batch, part_of
 from vlmrt.actors.llm.slots import PlanError, Slots
 from vlmrt.actors.models.rope_index import MediaSpan, mrope_positions
 from vlmrt.runtime.messages import (
@@ -127,3 +129,37 @@ def test_a_plan_without_rows_only_releases_and_admits() -> None:
     batch = build_batch(StepPlan(2, (0,), (sequence(0, 5, (1, 2)),), ()), slots, 2)
     assert batch.num_tokens == 0
     assert slots.num_tokens[0] == 5
+
+
+def test_part_of_a_batch_is_the_batch_of_those_rows() -> None:
+    """Every subset of decode rows whose tokens are unknown, chunks with image rows and a chunk that does not sample."""
+
+    def ready() -> Slots:
+        slots = Slots(6, 100, BLOCK_SIZE)
+        first = (sequence(0, 5, (1, 2)), sequence(1, 7, (3, 4)))
+        rows = (StepRow(0, 0, 5, (), True), StepRow(1, 0, 7, (), True))
+        build_batch(StepPlan(1, (), first, rows), slots, 2)
+        more = (
+            sequence(2, 11, (5, 6, 7), media=(IMAGE,), rope_delta=-3),
+            sequence(3, 14, (8, 9, 10, 11), media=(IMAGE,)),
+        )
+        build_batch(StepPlan(2, (), more, ()), slots, 2)
+        return slots
+
+    def embeds(offset: int, first_row: int) -> tuple[EmbedSlice, ...]:
+        return (EmbedSlice(ActorName("vit:0"), Epoch(1), (4, 5), first_row, 6 - first_row, offset),)
+
+    rows = (
+        StepRow(0, 5, 1, (), True),
+        StepRow(1, 7, 1, (), True),
+        StepRow(2, 0, 11, (), True, embeds(3, 0)),
+        StepRow(3, 4, 8, (), False, embeds(0, 1)),
+    )
+    whole = build_batch(StepPlan(3, (), (), rows), ready(), 2)
+    for keep in itertools.product((False, True), repeat=len(rows)):
+        kept = tuple(itertools.compress(rows, keep))
+        expected = dataclasses.asdict(build_batch(StepPlan(3, (), (), kept), ready(), 2))
+        part = dataclasses.asdict(part_of(whole, np.array(keep)))
+        part["block_tables"] = part["block_tables"][:, : expected["block_tables"].shape[1]]
+        for name, value in expected.items():
+            np.testing.assert_equal(part[name], value, err_msg=f"{name} of {keep}")

@@ -160,12 +160,12 @@ class Driver:
     def advance(self) -> list[StepPlan]:
         return messages(self._checked(self.state.advance(self.now_s)), StepPlan, "llm:0")
 
-    def result(self, *token_ids: int, duration_ms: float = 1.0) -> list[Send]:
+    def result(self, *token_ids: int, duration_ms: float = 1.0, failed: tuple[int, ...] = ()) -> list[Send]:
         """The oldest step in flight ends; rows beyond those given sample token 7."""
         step = self.state.llm.in_flight[0]
-        num_samples = sum(row.sample for row in step.rows)
+        num_samples = sum(row.sample for index, row in enumerate(step.rows) if index not in failed)
         tokens = (*token_ids, *[7] * num_samples)[:num_samples]
-        return self.event("llm:0", StepResult(step.plan.step, tokens, duration_ms))
+        return self.event("llm:0", StepResult(step.plan.step, tokens, duration_ms, failed))
 
     def run(self, *, num_steps: int = 1000) -> dict[str, list[TokenOutput]]:
         """Steps until nothing can run; every sampled token is 7.  Returns the outputs by request."""

@@ -214,8 +214,12 @@ class FakeLlm:
         max_num_seqs: int,
         send: Callable[[Message], None],
         slab_of: Callable[[ActorName, Epoch], FakeVit],
+        finds_no_memory: Callable[[], bool] = lambda: False,
     ) -> None:
+        """finds_no_memory: asked for each row of a step."""
         self.tp, self.epoch, self.num_blocks = tp, epoch, num_blocks
+        self.lost: set[int] = set()  # slots whose sequence found no memory
+        self._finds_no_memory = finds_no_memory
         self.block_size, self.max_num_seqs = block_size, max_num_seqs
         self.queues: list[deque[LlmInbox]] = [deque() for _ in range(tp)]
         self.attached: list[set[tuple[ActorName, Epoch]]] = [set() for _ in range(tp)]
@@ -257,6 +261,7 @@ class FakeLlm:
         self.num_steps += 1
         for slot in plan.release:
             del self.sequences[slot]  # a KeyError: released twice
+            self.lost.discard(slot)
         for new in plan.admit:
             assert new.slot not in self.sequences, "the slot is taken"
             assert 0 <= new.slot < self.max_num_seqs
@@ -265,10 +270,14 @@ class FakeLlm:
         assert len({row.slot for row in plan.rows}) == len(plan.rows)
         orders = [1 if row.num_tokens > 1 else 0 if row.sample and not row.embeds else 2 for row in plan.rows]
         assert orders == sorted(orders), "decode rows come first, other single tokens last"
-        token_ids = []
-        for row in plan.rows:
+        token_ids, failed = [], []
+        for index, row in enumerate(plan.rows):
             sequence = self.sequences[row.slot]
             sequence.block_ids += row.new_block_ids
+            if row.slot in self.lost or self._finds_no_memory():
+                self.lost.add(row.slot)
+                failed.append(index)
+                continue
             self._compute(sequence, row.start, row.num_tokens, row.embeds)
             end = row.start + row.num_tokens
             if row.sample:
@@ -277,7 +286,7 @@ class FakeLlm:
                 token_id = sample(self._at(sequence, end - 1), sequence.new.sampling.seed, num_output_tokens)
                 sequence.token_ids.append(token_id)
                 token_ids.append(token_id)
-        self._send(StepResult(plan.step, tuple(token_ids), 1.0))
+        self._send(StepResult(plan.step, tuple(token_ids), 1.0, tuple(failed)))
 
     def _compute(self, sequence: Sequence, start: int, num_tokens: int, embeds: tuple[EmbedSlice, ...]) -> None:
         """Write the row's slots from what lies in the slots before it and in the slabs, checking both."""

@@ -192,3 +192,69 @@ def test_a_request_that_no_longer_fits_a_smaller_kv_cache_ends_with_what_it_has(
     driver.num_blocks = 2
     (last,) = outputs_of(driver.llm_up(epoch=2))
     assert (last.finish_reason, last.token_ids, last.usage.num_output_tokens) == ("length", (), 1)
+
+
+def test_a_row_without_memory_fails_its_request_alone() -> None:
+    driver = Driver()
+    for name in ("r1", "r2", "r3"):
+        driver.submit(name, 6, max_tokens=3)
+    driver.advance()
+    sends = driver.result(failed=(1,))
+    assert error_of(sends) == (503, "out_of_memory")
+    (message,) = [output.error.message for output in outputs_of(sends) if output.error is not None]
+    assert "--max-num-batched-tokens" in message
+    assert "--gpu-memory-fraction" in message
+    assert [output.request_id for output in outputs_of(sends) if output.error is None] == ["r1", "r3"]
+    outputs = driver.run()
+    assert {name: each[-1].finish_reason for name, each in outputs.items()} == {"r1": "length", "r3": "length"}
+    assert driver.state.counters.requests_failed == 1
+    check_nothing_is_held(driver.state)
+
+
+def test_the_step_in_flight_behind_a_failed_row_is_discarded_and_its_slot_released_next() -> None:
+    """Whether that row has failed as well or not."""
+    for failed in ((), (1,)):
+        driver = Driver(max_num_seqs=3)
+        driver.submit("r1", 4, max_tokens=5)
+        driver.submit("r2", 4, max_tokens=5)
+        first, second = driver.advance()
+        lost = first.rows[1].slot
+        assert [row.slot for row in second.rows] == [row.slot for row in first.rows]
+        driver.result(failed=(1,))
+        (third,) = driver.advance()
+        assert third.release == (lost,)
+        assert lost not in [row.slot for row in third.rows]
+        assert outputs_of(driver.result(failed=failed))[0].token_ids == (7,)
+        assert driver.state.counters.discarded_tokens == 1 - len(failed)
+        assert list(driver.run()) == ["r1"]
+        check_nothing_is_held(driver.state)
+
+
+def test_the_prefix_cache_learns_no_block_of_a_failed_row() -> None:
+    driver = Driver(max_num_batched_tokens=8)
+    driver.submit("r1", 20)
+    driver.advance()
+    driver.result()
+    driver.result(failed=(0,))
+    driver.submit("r2", 20)
+    (plan, *_) = driver.advance()
+    assert plan.rows[0].start == 8  # two blocks of the first chunk, none of the second
+
+
+def test_rows_of_an_image_and_a_step_without_memory_leave_nothing_behind() -> None:
+    driver = Driver()
+    driver.submit("r1", 10, (image("a", 2, 4),))
+    driver.make_ready("a")
+    driver.advance()
+    assert error_of(driver.result(failed=(0,))) == (503, "out_of_memory")
+    driver.run()
+    check_nothing_is_held(driver.state)
+
+
+def test_a_step_that_ran_in_pieces_teaches_pacing_nothing() -> None:
+    driver = Driver(itl_target_ms=10.0)
+    driver.submit("r1", 4)
+    driver.submit("r2", 4)
+    driver.advance()
+    driver.result(duration_ms=1e6, failed=(1,))
+    assert driver.state.planner.pacing.token_ms == 0.0

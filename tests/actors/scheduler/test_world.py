@@ -29,6 +29,7 @@ any_sizes = st.builds(
     num_edges=st.sampled_from((1, 2)),
     prefix_caching=st.booleans(),
     embedding_caching=st.booleans(),
+    no_memory=st.sampled_from((0.0, 0.01, 0.1)),
 )
 seeds = st.integers(0, 2**32)
 unhurried = {"deadline": None, "suppress_health_check": (HealthCheck.too_slow,), "database": None}
@@ -80,8 +81,9 @@ def num_encoded(world: World) -> int:
 
 def test_the_random_services_do_what_they_are_meant_to_try() -> None:
     """Preemptions, displaced rows, dropped pixels, discarded tokens, recoveries: all of them happen."""
-    tight = Sizes(num_blocks=18, num_pages=7, arena_bytes=12_000, max_num_batched_tokens=8)
+    tight = Sizes(num_blocks=18, num_pages=7, arena_bytes=12_000, max_num_batched_tokens=8, no_memory=0.01)
     worlds = [run_world(tight, seed, 80) for seed in range(6)]
+    assert any(client.error == "out_of_memory" for world in worlds for client in world.clients.values())
     for name in (
         "preemptions",
         "embed_displacements",

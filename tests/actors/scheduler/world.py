@@ -76,6 +76,7 @@ class Sizes:
     num_edges: int = 2
     prefix_caching: bool = True
     embedding_caching: bool = True
+    no_memory: float = 0.0  # how likely a row of a step finds no memory
 
 
 @dataclass
@@ -171,6 +172,7 @@ class World:
                 sizes.max_num_seqs,
                 lambda message: self.incarnations[ActorName("llm:0"), epoch].outbox.append(message),
                 lambda vit, vit_epoch: self.vits[vit, vit_epoch],
+                lambda: self.rng.random() < sizes.no_memory,
             )
             for rank in range(sizes.tp):
                 incarnation = self._begin(ActorName(f"llm:{rank}"), epoch, LlmReady(sizes.num_blocks + rank))
@@ -326,6 +328,7 @@ class World:
                 item.num_tokens > min(sizes.num_pages * PAGE_ROWS, sizes.arena_bytes // BYTES_PER_PATCH)
                 for item in submit.media
             ),
+            "out_of_memory": sizes.no_memory > 0,
             "no_pixels": self.num_deaths["media"] >= 2,
             **{code: self.num_deaths[kind] >= 2 for kind, code in FATAL_CODES.items()},
         }
