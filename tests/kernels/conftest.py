@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Nothing is traced for coverage while kernels are interpreted, which would take twice as long."""
+    """Nothing is traced for coverage while kernels are interpreted, which would take nearly twice as long."""
     for item in items:
         if item.path.name in INTERPRETED:
             item.add_marker("no_cover")

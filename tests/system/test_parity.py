@@ -70,13 +70,16 @@ def check_parity(
         metrics = server.metrics()
     reference = Reference(checkpoint)
     counted = {"tokens": 0, "ties": 0}
-    for question, (prompt_ids, output_ids) in zip(questions * 2, answers, strict=True):
+    for question, *both in zip(questions, answers[: len(questions)], answers[len(questions) :], strict=True):
         inputs = reference.inputs(question.messages, question.pictures)
-        assert prompt_ids == inputs["input_ids"][0].tolist()
-        assert len(output_ids) == num_tokens
-        verdict = reference.judge(inputs, output_ids)
-        counted["tokens"] += verdict.num_argmax + verdict.num_ties
-        counted["ties"] += verdict.num_ties
+        for prompt_ids, output_ids in both:
+            assert prompt_ids == inputs["input_ids"][0].tolist()
+            assert len(output_ids) == num_tokens
+        verdicts = [reference.judge(inputs, both[0][1])]
+        verdicts.append(verdicts[0] if both[1] == both[0] else reference.judge(inputs, both[1][1]))
+        for verdict in verdicts:
+            counted["tokens"] += verdict.num_argmax + verdict.num_ties
+            counted["ties"] += verdict.num_ties
     counted["preemptions"] = int(metrics.get("vlmrt_preemptions_total", 0))
     counted["cached_tokens"] = int(metrics.get("vlmrt_prefix_cache_hits_total", 0))
     return counted
