@@ -117,6 +117,7 @@ class HostInputs:
         shapes = input_shapes(shape, num_columns)
         size = sum(math.prod(each) for each in shapes.values())
         self.buffer = torch.zeros(size, dtype=torch.int64, pin_memory=is_pinned)
+        self.copied: torch.cuda.Event | None = None  # happens once the buffer may be filled again
         self._shape = shape
         self._flat: Ints = self.buffer.numpy()
         self.fields = views(self._flat, shapes)
@@ -180,7 +181,7 @@ class StepProgram:
         self._image_rows = image_rows[: shape.num_all_tokens]
         self.shape = shape
         is_cuda, columns = tables.device.type == "cuda", tables.shape[1]
-        # In turn: while one is read by the step that runs, the other is filled for the step that follows.
+        # In turn: while one is being copied for the step that runs, the other is filled for the step that follows.
         self.hosts = tuple(HostInputs(shape, columns, len(last_tokens) - 1, is_cuda) for _ in range(2))
         self.inputs = DeviceInputs(self.hosts[0].buffer.to(tables.device), input_shapes(shape, columns))
 
@@ -293,8 +294,12 @@ class StepGraphs:
         inputs = recorded.program.inputs
         host = recorded.program.hosts[recorded.num_runs % 2]
         recorded.num_runs += 1
+        if host.copied is not None:
+            host.copied.synchronize()  # over long ago, unless a step runs in pieces
         host.fill(batch)
         inputs.buffer.copy_(host.buffer, non_blocking=True)
+        host.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        host.copied.record()
         recorded.forward.replay()
         if not flags.all_greedy:
             return self._sampler.sample(recorded.logits, inputs.slots, inputs.output_positions, flags)
