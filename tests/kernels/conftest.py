@@ -1,9 +1,6 @@
-"""Triton kernels run under the interpreter where there is no GPU."""
-
-import os
+"""What the tests of kernels share."""
 
 import pytest
-import torch
 
 INTERPRETED = (
     "test_linear.py",
@@ -12,9 +9,6 @@ INTERPRETED = (
     "test_triton_elementwise.py",
     "test_triton_vision_attention.py",
 )
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
