@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from vlmrt.actors.models.config import VisionConfig
+from vlmrt.actors.models.config import ImageProcessing, VisionConfig
 from vlmrt.actors.models.qwen2_5_vl import vision as qwen2_5_vl_vision
 from vlmrt.actors.models.qwen2_vl import vision as qwen2_vl_vision
 from vlmrt.actors.models.registry import load_model_config
@@ -26,6 +26,16 @@ BATCHES: dict[str, list[GridThw]] = {
     "1 x 1280x960": [(1, 68, 92)],
     "7 mixed": MIXED,
 }
+PROCESSING = ImageProcessing(
+    min_pixels=3136,
+    max_pixels=12_845_056,
+    patch_size=14,
+    temporal_patch_size=2,
+    merge_size=2,
+    image_mean=(0.48145466, 0.4578275, 0.40821073),
+    image_std=(0.26862954, 0.26130258, 0.27577711),
+    rescale_factor=1 / 255,
+)
 FLOPS_PER_S = 785e12  # the most that a large bfloat16 product reached on an H100
 
 

@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.vision_shapes import BATCHES, FLOPS_PER_S, TOWERS, num_patches, random_tower, tower_flops
-from vlmrt.actors.models.config import ImageProcessing
+from benchmarks.vision_shapes import BATCHES, FLOPS_PER_S, PROCESSING, TOWERS, num_patches, random_tower, tower_flops
 from vlmrt.actors.models.vision_grid import GridThw
 from vlmrt.actors.models.vision_tower import VisionTower
 from vlmrt.actors.vit.engines.engine import Pixels
@@ -29,16 +28,6 @@ from vlmrt.actors.vit.engines.tower_graphs import MAX_PATCHES, TowerGraphs, patc
 QUANTUM_S = 0.008
 REPEATS = 7
 TOP_KERNELS = 12
-PROCESSING = ImageProcessing(
-    min_pixels=3136,
-    max_pixels=12_845_056,
-    patch_size=14,
-    temporal_patch_size=2,
-    merge_size=2,
-    image_mean=(0.48145466, 0.4578275, 0.40821073),
-    image_std=(0.26862954, 0.26130258, 0.27577711),
-    rescale_factor=1 / 255,
-)
 
 
 def device_ms(run: Callable[[], object]) -> float:

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vlmrt.kernels.transfer import to_device
+
 SHORT_SEGMENT = 64  # patches: a whole window of Qwen2.5-VL
 LONG_TILE, SHORT_TILE = 128, 64
 
@@ -49,9 +51,7 @@ def pack_segments(lengths: Sequence[int], device: torch.device, tile: int | None
     tile: in place of the one that suits the lengths.
     """
     tile = tile_for(max(lengths, default=0)) if tile is None else tile
-    tiles = None
-    if device.type == "cuda":
-        tiles = torch.from_numpy(tile_table(lengths, tile)).pin_memory().to(device, non_blocking=True)
+    tiles = to_device(tile_table(lengths, tile), device) if device.type == "cuda" else None
     return Segments(tuple(lengths), tile, tiles)
 
 

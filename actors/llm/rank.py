@@ -122,7 +122,7 @@ def load_rank(context: ActorContext) -> LoadedRank:
     group.wait_for_all("loaded", config.supervision.start_timeout_s)
     with torch.inference_mode():
         reserved_bytes = 0
-        if device.type != "cpu":
+        if device.type != "cpu" and at_last_start is None:
             with room_for(LARGEST_STEP, device, taken):
                 reserved_bytes = _workspace_bytes(config, model_config, model, device, dtype)
         fitting = num_blocks_that_fit(

@@ -17,10 +17,10 @@ from vlmrt.actors.llm.kv_cache import KvCache
 from vlmrt.actors.llm.sampler import Sampler
 from vlmrt.actors.llm.slots import PlanError, Slots
 from vlmrt.actors.llm.step_graphs import StepGraphs, StepShape
-from vlmrt.actors.llm.transfer import all_to_device, to_device
 from vlmrt.actors.models.qwen2_vl.language import LanguageModel
 from vlmrt.kernels.embed_merge import embed_merge
 from vlmrt.kernels.paged_attention import PagedBatch
+from vlmrt.kernels.transfer import all_to_device, to_device
 from vlmrt.runtime.messages import ActorName, Epoch, StepPlan, StepResult
 from vlmrt.runtime.slab import EmbeddingSlab, row_index
 

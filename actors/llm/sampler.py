@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmrt.actors.llm.slots import FLOAT_FIELDS, GREEDY_FLOATS, SamplingFlags, Slots
-from vlmrt.actors.llm.transfer import to_device
 from vlmrt.kernels.sampling import SamplingBatch, sample
+from vlmrt.kernels.transfer import to_device
 
 INTEGER_FIELDS = ("top_k", "seed")
 

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vlmrt.actors.models.config import VisionConfig
@@ -16,6 +15,7 @@ from vlmrt.actors.models.vision_grid import GridThw, frame_lengths, patch_positi
 from vlmrt.kernels.layer_norm import add_layer_norm, layer_norm
 from vlmrt.kernels.rms_norm import add_rms_norm, rms_norm
 from vlmrt.kernels.rotary import rotary_tables, rotate
+from vlmrt.kernels.transfer import to_device
 from vlmrt.kernels.vision_attention import LONG_TILE, Segments, pack_segments, tile_for, vision_attention
 
 NORM_EPS = 1e-6
@@ -215,9 +215,3 @@ class VisionTower(nn.Module):
             raise ValueError(f"{num_patches} patches, but grid_thw {list(grid_thw)} asks for {expected}")
         if any(height % merge or width % merge for _, height, width in grid_thw):
             raise ValueError(f"grid_thw {list(grid_thw)}: heights and widths must be multiples of {merge}")
-
-
-def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
-    """A host array on the device, copied without waiting for it."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

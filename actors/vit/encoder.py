@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from vlmrt.actors.models.config import VisionConfig
-from vlmrt.actors.models.vision_tower import to_device
 from vlmrt.actors.vit.engines.engine import Pixels, VisionEngine
+from vlmrt.kernels.transfer import to_device
 from vlmrt.runtime.errors import RequestError
 from vlmrt.runtime.messages import ActorName, ArenaRef, EmbedsReady, Encode, EncodeFailed, Epoch, SlabExport
 from vlmrt.runtime.slab import EmbeddingSlab, row_index

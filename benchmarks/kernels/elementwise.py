@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vlmrt.actors.models.config import ImageProcessing
+from benchmarks.vision_shapes import PROCESSING
 from vlmrt.kernels.embed_merge import embed_merge
 from vlmrt.kernels.layer_norm import add_layer_norm, add_layer_norm_reference, layer_norm, layer_norm_reference
 from vlmrt.kernels.patchify import normalised_values, patchify_reference
@@ -37,16 +37,6 @@ MODELS = ((1536, 8960, 12, 2), (3584, 18944, 28, 4))  # hidden, ffn, heads, KV h
 HEAD_DIM, BLOCK_SIZE = 128, 16
 PATCHES, VISION_WIDTH, VISION_FFN, VISION_HEADS = 8192, 1280, 5120, 16
 EPS = 1e-6
-PROCESSING = ImageProcessing(
-    min_pixels=3136,
-    max_pixels=12_845_056,
-    patch_size=14,
-    temporal_patch_size=2,
-    merge_size=2,
-    image_mean=(0.48145466, 0.4578275, 0.40821073),
-    image_std=(0.26862954, 0.26130258, 0.27577711),
-    rescale_factor=1 / 255,
-)
 
 Op = Callable[..., Tensor | tuple[Tensor, ...]]
 

@@ -43,22 +43,14 @@ def _layer_norm_kernel(
     tl.store(out_ptr + row * WIDTH + column, normed.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def _normed(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor | None]:
+    """(the norm, the sum that it is of; None without a residual)."""
     rows = as_rows(x)
+    residual_rows = None if residual is None else as_rows(residual)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    width = x.shape[-1]
-    block, num_warps = row_block(width)
-    _layer_norm_kernel[(rows.shape[0],)](
-        rows, None, weight, bias, out, None, rows.stride(0), 0, eps, width, block, num_warps=num_warps
-    )
-    return out
-
-
-def add_layer_norm_triton(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    rows, residual_rows = as_rows(x), as_rows(residual)
-    out, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    total = None if residual is None else torch.empty_like(out)
     width = x.shape[-1]
     block, num_warps = row_block(width)
     _layer_norm_kernel[(rows.shape[0],)](
@@ -69,12 +61,24 @@ def add_layer_norm_triton(
         out,
         total,
         rows.stride(0),
-        residual_rows.stride(0),
+        0 if residual_rows is None else residual_rows.stride(0),
         eps,
         width,
         block,
         num_warps=num_warps,
     )
+    return out, total
+
+
+def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return _normed(x, None, weight, bias, eps)[0]
+
+
+def add_layer_norm_triton(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    out, total = _normed(x, residual, weight, bias, eps)
+    assert total is not None
     return out, total
 
 

@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
-from benchmarks.vision_shapes import random_tower
-from benchmarks.vit import PROCESSING
+from benchmarks.vision_shapes import PROCESSING, random_tower
 from vlmrt.actors.models.vision_grid import GridThw
 from vlmrt.actors.models.vision_tower import VisionTower
 from vlmrt.actors.vit.engines.engine import Pixels
