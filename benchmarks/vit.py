@@ -57,7 +57,12 @@ def wall_ms(run: Callable[[], object]) -> float:
 
 def layers_of(tower: VisionTower, grids: list[GridThw]) -> Callable[[], object]:
     embedded = torch.randn(num_patches(grids), tower.config.embed_dim, device="cuda", dtype=torch.bfloat16)
-    return lambda: tower.finish(tower.run_layers(tower.lay_out(embedded, grids), 0, tower.num_layers))
+
+    def run() -> object:
+        state = tower.lay_out(embedded.clone(), grids)  # the layers write to what they are given
+        return tower.finish(tower.run_layers(state, 0, tower.num_layers))
+
+    return run
 
 
 def recorded_layers_of(tower: VisionTower, graphs: TowerGraphs, grids: list[GridThw]) -> Callable[[], object] | None:

@@ -194,8 +194,12 @@ class Norm(nn.Module):
         return whole_targets(self, prefix)
 
 
+def whole(into: Tensor) -> Target:
+    """All of a tensor of the checkpoint, which has into's shape."""
+    return Target(into, tuple(into.shape))
+
+
 def whole_targets(module: nn.Module, prefix: str) -> Iterator[tuple[str, Target]]:
     """Every parameter of a module under its own name, held whole."""
     for name, value in module.named_parameters():
-        tensor = cast(Tensor, value)
-        yield f"{prefix}{name}", Target(tensor, tuple(tensor.shape))
+        yield f"{prefix}{name}", whole(cast(Tensor, value))

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmrt.actors.models.config import VisionConfig
-from vlmrt.actors.models.layers import Linear, Norm, Target, parameter
+from vlmrt.actors.models.layers import Linear, Norm, Target, parameter, whole
 from vlmrt.actors.models.vision_grid import GridThw, frame_lengths, patch_positions, window_layout
-from vlmrt.kernels.layer_norm import add_layer_norm, layer_norm
-from vlmrt.kernels.rms_norm import add_rms_norm, rms_norm
+from vlmrt.kernels.layer_norm import layer_norm
+from vlmrt.kernels.rms_norm import rms_norm
 from vlmrt.kernels.rotary import rotary_tables, rotate
 from vlmrt.kernels.transfer import to_device
 from vlmrt.kernels.vision_attention import LONG_TILE, Segments, pack_segments, tile_for, vision_attention
@@ -26,8 +26,8 @@ ROPE_THETA = 10000.0
 class VisionState:
     """A batch of images on its way through the tower, between two quanta of layers."""
 
-    x: Tensor  # [num_patches, embed_dim], what the last layer adds to the residual; replaced by every layer
-    residual: Tensor | None  # the sum of all that was added before; None before the first layer
+    x: Tensor  # [num_patches, embed_dim], the residual stream without its biases; every layer adds to it in place
+    shifts: Tensor  # float32 [2 * depth + 1, embed_dim], what the stream lacks at each norm; see VisionTower.shifts
     cos: Tensor  # float32 [num_patches, head_dim]
     sin: Tensor
     frames: Segments
@@ -37,27 +37,37 @@ class VisionState:
 
 
 class VisionBlock(Protocol):
-    """One layer of a tower: (x, residual) -> the same of the next, whose first norm does the addition."""
+    """One layer of a tower: attention and MLP, each of which adds to the residual stream x in place.
 
-    def __call__(
-        self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, segments: Segments
-    ) -> tuple[Tensor, Tensor]: ...
+    shifts and biases [2, embed_dim], attention's first: what x lacks at the norms, and where the biases belong that the
+    products into x leave out.
+    """
 
-    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]: ...
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments, shifts: Tensor) -> None: ...
+
+    def targets(self, prefix: str, biases: Tensor) -> Iterator[tuple[str, Target]]: ...
 
 
 BlockFactory = Callable[[VisionConfig, torch.dtype, torch.device], nn.Module]
 
 
-def add_norm(x: Tensor, residual: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
-    """(normalised sum, sum) of a layer's output and the residual, by the kind of norm."""
-    if residual is None:
-        if norm.bias is None:
-            return rms_norm(x, norm.weight, norm.eps), x
-        return layer_norm(x, norm.weight, norm.bias, norm.eps), x
+def shifted_norm(x: Tensor, shift: Tensor, norm: Norm) -> Tensor:
+    """x + shift normalised, by the kind of norm."""
     if norm.bias is None:
-        return add_rms_norm(x, residual, norm.weight, norm.eps)
-    return add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)
+        return rms_norm(x, norm.weight, norm.eps, shift)
+    return layer_norm(x, norm.weight, norm.bias, norm.eps, shift)
+
+
+class ResidualLinear(nn.Module):
+    """A projection into the residual stream, whose bias is the tower's: the norms behind it add that."""
+
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.weight = parameter(out_features, in_features, dtype=dtype, device=device)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> None:
+        """residual += x @ weight.T, in place and rounded once. Shapes: [T, out_features], [T, in_features]."""
+        residual.addmm_(x, self.weight.t())
 
 
 class VisionAttention(nn.Module):
@@ -69,19 +79,22 @@ class VisionAttention(nn.Module):
         self.head_dim = config.head_dim
         self.scale = config.head_dim**-0.5
         self.qkv = Linear(config.embed_dim, 3 * config.embed_dim, True, dtype, device)
-        self.proj = Linear(config.embed_dim, config.embed_dim, True, dtype, device)
+        self.proj = ResidualLinear(config.embed_dim, config.embed_dim, dtype, device)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments, residual: Tensor) -> None:
+        """Attend among the rows of x; what comes of it is added to residual."""
         num_patches = x.shape[0]
         heads = self.qkv(x).view(num_patches, 3 * self.num_heads, self.head_dim)
         q, k = rotate(heads[:, : 2 * self.num_heads], cos, sin).chunk(2, dim=1)
         v = heads[:, 2 * self.num_heads :]
         attended = vision_attention(q, k, v, segments, self.scale)
-        return self.proj(attended.reshape(num_patches, -1))  # type: ignore[no-any-return]
+        self.proj.add_to(residual, attended.reshape(num_patches, -1))
 
-    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+    def targets(self, prefix: str, bias: Tensor) -> Iterator[tuple[str, Target]]:
+        """bias: the projection's."""
         yield from self.qkv.targets(f"{prefix}qkv.")
-        yield from self.proj.targets(f"{prefix}proj.")
+        yield f"{prefix}proj.weight", whole(self.proj.weight)
+        yield f"{prefix}proj.bias", whole(bias)
 
 
 class PatchMerger(nn.Module):
@@ -94,8 +107,8 @@ class PatchMerger(nn.Module):
         self.first = Linear(self.width, self.width, True, dtype, device)
         self.second = Linear(self.width, config.out_hidden_size, True, dtype, device)
 
-    def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        normed, _ = add_norm(x, residual, self.ln_q)
+    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        normed = shifted_norm(x, shift, self.ln_q)
         return self.second(F.gelu(self.first(normed.view(-1, self.width))))  # type: ignore[no-any-return]
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
@@ -115,6 +128,9 @@ class VisionTower(nn.Module):
         self.config = config
         self.patch_embed = parameter(config.embed_dim, config.patch_dim, dtype=dtype, device=device)
         self.blocks = nn.ModuleList([block(config, dtype, device) for _ in range(config.depth)])
+        # Zeros, which the first norm lacks, then of each layer attention's and the MLP's.
+        self.residual_biases = parameter(1 + 2 * config.depth, config.embed_dim, dtype=dtype, device=device)
+        self.residual_biases[0].zero_()
         self.merger = PatchMerger(config, dtype, device)
         axis_dim = config.head_dim // 2  # half of the pairs turn with the row, half with the column
         pair = torch.arange(0, axis_dim, 2, dtype=torch.float32)
@@ -153,15 +169,25 @@ class VisionTower(nn.Module):
         slices = self.patch_embed.view(config.embed_dim, config.in_channels, config.temporal_patch_size, area)
         return slices.float().sum(2).to(self.patch_embed.dtype).view(config.embed_dim, -1)
 
+    def shifts(self) -> Tensor:
+        """What the residual stream lacks at each norm, the merger's last: all biases before it, float32.
+
+        So the products add to the stream in place, and a norm reads one tensor and writes one.
+        """
+        return self.residual_biases.cumsum(0, dtype=torch.float32)
+
     def lay_out(self, embedded: Tensor, grid_thw: Sequence[GridThw]) -> VisionState:
         """The state before the first layer of embedded patches [num_patches, embed_dim], in the processors' order.
 
+        embedded is given away: the layers may add to it in place.
         The attention's tiles are as large for every batch, so that all can go through the same recorded layers.
         Raises: ValueError if the grids do not describe num_patches patches in whole merge blocks.
         """
         self._check(embedded.shape[0], grid_thw)
         config = self.config
         device = embedded.device
+        # First, so that other kernels lie between it and the norms, which read it without a wait as they do weights.
+        shifts = self.shifts()
         positions = patch_positions(grid_thw, config.spatial_merge_size)
         windows = restore = None
         if config.window_size is not None:
@@ -175,7 +201,7 @@ class VisionTower(nn.Module):
         angles = (to_device(positions, device).float()[:, :, None] * self.inverse_frequency).flatten(1)
         cos, sin = rotary_tables(angles)
         frames = pack_segments(frame_lengths(grid_thw), device, LONG_TILE)
-        return VisionState(embedded, None, cos, sin, frames, windows, restore)
+        return VisionState(embedded, shifts, cos, sin, frames, windows, restore)
 
     def run_layers(self, state: VisionState, first: int, last: int) -> VisionState:
         """Run the layers [first, last) on a state, in place; returns the same state.
@@ -187,7 +213,8 @@ class VisionTower(nn.Module):
         for index in range(first, last):
             whole_frame = state.windows is None or index in self.config.fullatt_block_indexes
             segments = state.frames if whole_frame else cast(Segments, state.windows)
-            state.x, state.residual = self.blocks[index](state.x, state.residual, state.cos, state.sin, segments)
+            shifts = state.shifts[2 * index : 2 * index + 2]
+            self.blocks[index](state.x, state.cos, state.sin, segments, shifts)
         state.next_layer = last
         return state
 
@@ -195,7 +222,7 @@ class VisionTower(nn.Module):
         """Merge the patches of a state that has been through all layers into rows, in the order of the input."""
         if state.next_layer != self.num_layers:
             raise ValueError(f"only {state.next_layer} of {self.num_layers} layers have run")
-        rows: Tensor = self.merger(state.x, state.residual)
+        rows: Tensor = self.merger(state.x, state.shifts[-1])
         return rows if state.restore is None else rows[state.restore]
 
     def targets(self) -> Iterator[tuple[str, Target]]:
@@ -205,7 +232,8 @@ class VisionTower(nn.Module):
         shape = (config.embed_dim, config.in_channels, *kernel)  # stored as a convolution with stride = kernel
         yield "visual.patch_embed.proj.weight", Target(self.patch_embed, shape)
         for index, block in enumerate(self.blocks):
-            yield from cast(VisionBlock, block).targets(f"visual.blocks.{index}.")
+            biases = self.residual_biases[1 + 2 * index : 3 + 2 * index]
+            yield from cast(VisionBlock, block).targets(f"visual.blocks.{index}.", biases)
         yield from self.merger.targets("visual.merger.")
 
     def _check(self, num_patches: int, grid_thw: Sequence[GridThw]) -> None:

@@ -123,13 +123,12 @@ def _largest_grid(config: Config, processing: ImageProcessing) -> GridThw:
 def _reserve_workspace(
     engine: VisionEngine[Any], config: Config, processing: ImageProcessing, device: torch.device
 ) -> None:
-    """Run the first layers of the largest batch, so that torch's allocator keeps its workspace."""
+    """Run the first layer of the largest batch, so that torch's allocator keeps its workspace."""
     grid = _largest_grid(config, processing)
     num_patches = math.prod(grid)
     torch.cuda.reset_peak_memory_stats(device)
     run = engine.prepare(_black(processing, grid), [grid])
     engine.run_quantum(run)
-    engine.run_quantum(run)  # of layers that hold a residual beside their input, as all later ones do
     torch.cuda.synchronize(device)
     peak, kept = torch.cuda.max_memory_allocated(device), torch.cuda.memory_reserved(device)
     logger.info(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.vision_shapes import PROCESSING
 from vlmrt.kernels.embed_merge import embed_merge
-from vlmrt.kernels.layer_norm import add_layer_norm, add_layer_norm_reference, layer_norm, layer_norm_reference
+from vlmrt.kernels.layer_norm import layer_norm, layer_norm_reference
 from vlmrt.kernels.patchify import normalised_values, patchify_reference
 from vlmrt.kernels.quick_gelu import quick_gelu, quick_gelu_reference
 from vlmrt.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
@@ -141,28 +141,21 @@ def step_cases() -> Iterator[Case]:
 
 def vision_cases() -> Iterator[Case]:
     size = DTYPE.itemsize
-    x, residual = random(PATCHES, VISION_WIDTH), random(PATCHES, VISION_WIDTH)
-    weight, bias = random(VISION_WIDTH), random(VISION_WIDTH)
+    x, weight, bias = random(PATCHES, VISION_WIDTH), random(VISION_WIDTH), random(VISION_WIDTH)
+    shift = random(VISION_WIDTH).float()
     shape = f"[{PATCHES}, {VISION_WIDTH}]"
     yield Case(
-        f"layer_norm {shape}",
-        partial(layer_norm, eps=EPS),
-        partial(layer_norm_reference, eps=EPS),
-        (x, weight, bias),
+        f"layer_norm {shape} with shift",
+        lambda x, weight, bias, shift: layer_norm(x, weight, bias, EPS, shift),
+        lambda x, weight, bias, shift: layer_norm_reference(x, weight, bias, EPS, shift),
+        (x, weight, bias, shift),
         2 * x.numel() * size,
     )
     yield Case(
-        f"add_layer_norm {shape}",
-        partial(add_layer_norm, eps=EPS),
-        partial(add_layer_norm_reference, eps=EPS),
-        (x, residual, weight, bias),
-        4 * x.numel() * size,
-    )
-    yield Case(
-        f"rms_norm {shape}",
-        partial(rms_norm, eps=EPS),
-        partial(rms_norm_reference, eps=EPS),
-        (x, weight),
+        f"rms_norm {shape} with shift",
+        lambda x, weight, shift: rms_norm(x, weight, EPS, shift),
+        lambda x, weight, shift: rms_norm_reference(x, weight, EPS, shift),
+        (x, weight, shift),
         2 * x.numel() * size,
     )
     wide = random(PATCHES, VISION_FFN)

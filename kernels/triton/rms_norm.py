@@ -17,6 +17,7 @@ def _rms_norm_kernel(
     x_ptr,
     residual_ptr,  # None: nothing is added and no sum is written
     weight_ptr,
+    shift_ptr,  # None: nothing is added
     out_ptr,
     sum_ptr,
     x_stride,
@@ -31,8 +32,10 @@ def _rms_norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
-    # Loads stay in this order: the weight, which comes from HBM, is on its way while the row is waited for.
+    # Loads stay in this order: what comes from HBM is on its way while the row is waited for.
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
+    if shift_ptr is not None:
+        shift = tl.load(shift_ptr + column, mask=inside, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
     x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
@@ -41,12 +44,16 @@ def _rms_norm_kernel(
         rounded = x.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + row * WIDTH + column, rounded, mask=inside)
         x = rounded.to(tl.float32)
+    if shift_ptr is not None:
+        x += shift
     normed = x * tl.rsqrt(tl.sum(x * x) / WIDTH + eps) * weight.to(tl.float32)
     tl.store(out_ptr + row * WIDTH + column, normed.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def _normed(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
-    """(the norm, the sum that it is of; None without a residual)."""
+def _normed(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, shift: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """(the norm, the sum of x and the residual; None without one)."""
     rows = as_rows(x)
     residual_rows = None if residual is None else as_rows(residual)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -57,6 +64,7 @@ def _normed(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
         rows,
         residual_rows,
         weight,
+        shift,
         out,
         total,
         rows.stride(0),
@@ -70,12 +78,12 @@ def _normed(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
     return out, total
 
 
-def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return _normed(x, None, weight, eps)[0]
+def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, shift: Tensor | None = None) -> Tensor:
+    return _normed(x, None, weight, eps, shift)[0]
 
 
 def add_rms_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    out, total = _normed(x, residual, weight, eps)
+    out, total = _normed(x, residual, weight, eps, None)
     assert total is not None
     return out, total
 
@@ -88,9 +96,12 @@ def compile_specs() -> list[CompileSpec]:
     added = {"residual_ptr": "*bf16", "sum_ptr": "*bf16", "residual_stride": "i32:16"}
     for width in (1536, 3584, 8192):
         block, num_warps = row_block(width)
-        shape: dict[str, object] = {"WIDTH": width, "BLOCK": block}
+        shape: dict[str, object] = {"WIDTH": width, "BLOCK": block, "shift_ptr": None}
         specs += [
             CompileSpec(f"rms_norm {width}", _rms_norm_kernel, pointers | scalars, shape | alone, num_warps, 3),
             CompileSpec(f"add_rms_norm {width}", _rms_norm_kernel, pointers | scalars | added, shape, num_warps, 3),
         ]
-    return specs
+    block, num_warps = row_block(1280)
+    shape = {"WIDTH": 1280, "BLOCK": block} | alone
+    signature = pointers | scalars | {"shift_ptr": "*fp32"}
+    return [*specs, CompileSpec("rms_norm 1280 with shift", _rms_norm_kernel, signature, shape, num_warps, 3)]

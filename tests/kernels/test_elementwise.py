@@ -7,7 +7,7 @@ import torch
 
 from tests.kernels.exactness import DTYPES, assert_as_exact_as_eager, normal
 from vlmrt.kernels.embed_merge import embed_merge, embed_merge_reference
-from vlmrt.kernels.layer_norm import add_layer_norm, layer_norm
+from vlmrt.kernels.layer_norm import layer_norm, layer_norm_reference
 from vlmrt.kernels.quick_gelu import quick_gelu, quick_gelu_reference
 from vlmrt.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from vlmrt.kernels.rope_and_cache import rope_and_cache
@@ -24,6 +24,22 @@ def test_rms_norm_is_as_exact_as_eager(shape: tuple[int, int], dtype: torch.dtyp
     assert_as_exact_as_eager(lambda a, w: rms_norm(a, w, 1e-6), lambda a, w: rms_norm_reference(a, w, 1e-6), x, weight)
     exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
     torch.testing.assert_close(rms_norm(x, weight, 1e-6).double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_shift_of_the_rows_is_added_before_the_rms_norm_without_rounding(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    x, weight, shift = normal(*shape, dtype=dtype), normal(shape[1], dtype=dtype, seed=1), normal(shape[1], seed=2)
+    assert_as_exact_as_eager(
+        lambda a, w, s: rms_norm(a, w, 1e-6, s), lambda a, w, s: rms_norm_reference(a, w, 1e-6, s), x, weight, shift
+    )
+    shifted = x.double() + shift.double()
+    exact = shifted / (shifted.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+    normed = rms_norm(x, weight, 1e-6, shift)
+    assert normed.dtype == dtype
+    torch.testing.assert_close(normed.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -110,13 +126,22 @@ def test_embed_merge_refuses_rows_that_do_not_fit() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_layer_norm_is_as_exact_as_eager_and_its_sum_is_rounded(dtype: torch.dtype) -> None:
-    x, residual = (normal(5, 40, dtype=dtype, seed=seed) for seed in (0, 7))
+@pytest.mark.parametrize("has_shift", [True, False])
+def test_layer_norm_is_as_exact_as_eager_and_its_shift_is_not_rounded(has_shift: bool, dtype: torch.dtype) -> None:
+    x = normal(5, 40, dtype=dtype)
     weight, bias = (normal(40, dtype=dtype, seed=seed) for seed in (1, 2))
-    normed, total = add_layer_norm(x, residual, weight, bias, 1e-6)
-    assert torch.equal(total, x + residual)
-    assert torch.equal(normed, layer_norm(total, weight, bias, 1e-6))
-    wide = total.double()
+    shift = (normal(40, seed=3),) if has_shift else ()
+    assert_as_exact_as_eager(
+        lambda a, w, b, *s: layer_norm(a, w, b, 1e-6, *s),
+        lambda a, w, b, *s: layer_norm_reference(a, w, b, 1e-6, *s),
+        x,
+        weight,
+        bias,
+        *shift,
+    )
+    normed = layer_norm(x, weight, bias, 1e-6, *shift)
+    assert normed.dtype == dtype
+    wide = x.double() + sum(each.double() for each in shift)
     centred = wide - wide.mean(-1, keepdim=True)
     exact = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double() + bias.double()
     torch.testing.assert_close(normed.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)

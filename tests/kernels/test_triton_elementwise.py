@@ -12,7 +12,7 @@ from tests.kernels.exactness import assert_as_exact_as_eager, normal
 from tests.kernels.places import PLACES
 from tests.kernels.test_patchify import PROCESSING
 from vlmrt.kernels.embed_merge import embed_merge_reference
-from vlmrt.kernels.layer_norm import add_layer_norm_reference, layer_norm_reference
+from vlmrt.kernels.layer_norm import layer_norm_reference
 from vlmrt.kernels.patchify import normalised_values, patchify_reference
 from vlmrt.kernels.quick_gelu import quick_gelu_reference
 from vlmrt.kernels.rms_norm import add_rms_norm_reference, rms_norm_reference
@@ -20,7 +20,7 @@ from vlmrt.kernels.rope_and_cache import rope_and_cache_reference
 from vlmrt.kernels.rotary import mrope_tables_reference, rotary_tables, rotate_reference
 from vlmrt.kernels.silu_and_mul import silu_and_mul_reference
 from vlmrt.kernels.triton.embed_merge import embed_merge_triton
-from vlmrt.kernels.triton.layer_norm import add_layer_norm_triton, layer_norm_triton
+from vlmrt.kernels.triton.layer_norm import layer_norm_triton
 from vlmrt.kernels.triton.patchify import patchify_triton
 from vlmrt.kernels.triton.quick_gelu import quick_gelu_triton
 from vlmrt.kernels.triton.rms_norm import add_rms_norm_triton, rms_norm_triton
@@ -38,27 +38,22 @@ def strided(rows: int, width: int, device: str, dtype: torch.dtype, seed: int = 
 
 @pytest.mark.parametrize(("device", "dtype"), PLACES)
 @pytest.mark.parametrize(("rows", "width"), ROWS)
-def test_layer_norm_is_as_exact_as_eager(rows: int, width: int, device: str, dtype: torch.dtype) -> None:
-    x, residual = (strided(rows, width, device, dtype, seed) for seed in (0, 7))
+@pytest.mark.parametrize("has_shift", [True, False])
+def test_layer_norm_is_as_exact_as_eager(
+    rows: int, width: int, has_shift: bool, device: str, dtype: torch.dtype
+) -> None:
+    x = strided(rows, width, device, dtype)
     weight, bias = (normal(width, dtype=dtype, seed=seed).to(device) for seed in (1, 2))
-    normed, total = add_layer_norm_triton(x, residual, weight, bias, 1e-6)
-    assert torch.equal(total, x + residual)
-    assert torch.equal(normed, layer_norm_triton(total, weight, bias, 1e-6))
+    shift = (normal(width, seed=3).to(device),) if has_shift else ()
+    assert layer_norm_triton(x, weight, bias, 1e-6, *shift).shape == (rows, width)
     if rows:
         assert_as_exact_as_eager(
-            lambda a, w, b: layer_norm_triton(a, w, b, 1e-6),
-            lambda a, w, b: layer_norm_reference(a, w, b, 1e-6),
+            lambda a, w, b, *s: layer_norm_triton(a, w, b, 1e-6, *s),
+            lambda a, w, b, *s: layer_norm_reference(a, w, b, 1e-6, *s),
             x,
             weight,
             bias,
-        )
-        assert_as_exact_as_eager(
-            lambda a, r, w, b: add_layer_norm_triton(a, r, w, b, 1e-6)[0],
-            lambda a, r, w, b: add_layer_norm_reference(a, r, w, b, 1e-6)[0],
-            x,
-            residual,
-            weight,
-            bias,
+            *shift,
         )
 
 
@@ -79,13 +74,20 @@ def test_quick_gelu_is_as_exact_as_eager(
 @pytest.mark.parametrize(("rows", "width"), ROWS)
 def test_rms_norm_is_as_exact_as_eager(rows: int, width: int, device: str, dtype: torch.dtype) -> None:
     x, residual = (strided(rows, width, device, dtype, seed) for seed in (0, 7))
-    weight = normal(width, dtype=dtype, seed=1).to(device)
+    weight, shift = normal(width, dtype=dtype, seed=1).to(device), normal(width, seed=3).to(device)
     normed, total = add_rms_norm_triton(x, residual, weight, 1e-6)
     assert torch.equal(total, x + residual)
     assert torch.equal(normed, rms_norm_triton(total, weight, 1e-6))
     if rows:
         assert_as_exact_as_eager(
             lambda a, w: rms_norm_triton(a, w, 1e-6), lambda a, w: rms_norm_reference(a, w, 1e-6), x, weight
+        )
+        assert_as_exact_as_eager(
+            lambda a, w, s: rms_norm_triton(a, w, 1e-6, s),
+            lambda a, w, s: rms_norm_reference(a, w, 1e-6, s),
+            x,
+            weight,
+            shift,
         )
         assert_as_exact_as_eager(
             lambda a, r, w: add_rms_norm_triton(a, r, w, 1e-6)[0],

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmrt.actors.models.config import VisionConfig
-from vlmrt.actors.models.layers import Linear, Norm, Target
-from vlmrt.actors.models.vision_tower import NORM_EPS, VisionAttention, VisionTower, add_norm
+from vlmrt.actors.models.layers import Linear, Norm, Target, whole
+from vlmrt.actors.models.vision_tower import NORM_EPS, ResidualLinear, VisionAttention, VisionTower, shifted_norm
 from vlmrt.kernels.quick_gelu import quick_gelu
 from vlmrt.kernels.vision_attention import Segments
 
@@ -21,25 +21,23 @@ class Qwen2VisionBlock(nn.Module):
         self.norm2 = Norm(config.embed_dim, NORM_EPS, True, dtype, device)
         self.attn = VisionAttention(config, dtype, device)
         self.fc1 = Linear(config.embed_dim, config.intermediate_size, True, dtype, device)
-        self.fc2 = Linear(config.intermediate_size, config.embed_dim, True, dtype, device)
+        self.fc2 = ResidualLinear(config.intermediate_size, config.embed_dim, dtype, device)
 
-    def forward(
-        self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, segments: Segments
-    ) -> tuple[Tensor, Tensor]:
-        x, residual = add_norm(x, residual, self.norm1)
-        x, residual = add_norm(self.attn(x, cos, sin, segments), residual, self.norm2)
-        return self.mlp(x), residual
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments, shifts: Tensor) -> None:
+        self.attn(shifted_norm(x, shifts[0], self.norm1), cos, sin, segments, x)
+        self.mlp(shifted_norm(x, shifts[1], self.norm2), x)
 
-    def mlp(self, x: Tensor) -> Tensor:
+    def mlp(self, x: Tensor, residual: Tensor) -> None:
         wide = self.fc1(x)
-        return self.fc2(quick_gelu(wide) if self.quick_gelu else F.gelu(wide))  # type: ignore[no-any-return]
+        self.fc2.add_to(residual, quick_gelu(wide) if self.quick_gelu else F.gelu(wide))
 
-    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+    def targets(self, prefix: str, biases: Tensor) -> Iterator[tuple[str, Target]]:
         yield from self.norm1.targets(f"{prefix}norm1.")
         yield from self.norm2.targets(f"{prefix}norm2.")
-        yield from self.attn.targets(f"{prefix}attn.")
+        yield from self.attn.targets(f"{prefix}attn.", biases[0])
         yield from self.fc1.targets(f"{prefix}mlp.fc1.")
-        yield from self.fc2.targets(f"{prefix}mlp.fc2.")
+        yield f"{prefix}mlp.fc2.weight", whole(self.fc2.weight)
+        yield f"{prefix}mlp.fc2.bias", whole(biases[1])
 
 
 def vision_tower(config: VisionConfig, dtype: torch.dtype, device: torch.device) -> VisionTower:

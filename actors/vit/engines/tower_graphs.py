@@ -48,8 +48,8 @@ def graph_end(first: int, last: int, num_layers: int) -> int:
 class Buffers:
     """What the graphs of one count read and write: the beginnings of the largest count's."""
 
-    x: Tensor  # [num_patches, embed_dim]; the last layer's at the end
-    residual: Tensor  # the same; the last layer's at the end
+    x: Tensor  # [num_patches, embed_dim], the residual stream
+    shifts: Tensor  # as VisionState's, of every batch
     cos: Tensor  # float32 [num_patches, head_dim]
     sin: Tensor
     frames: Segments  # their tables end with empty tiles
@@ -68,7 +68,7 @@ class Buffers:
 
         frames = empty_tiles(like.frames, most_frame_tiles(num_patches, like.frames.tile))
         windows = None if like.windows is None else empty_tiles(like.windows, most_window_tiles(num_patches))
-        return Buffers(rows(like.x), rows(like.x), rows(like.cos), rows(like.sin), frames, windows)
+        return Buffers(rows(like.x), like.shifts, rows(like.cos), rows(like.sin), frames, windows)
 
     def cut(self, num_patches: int) -> Buffers:
         """The beginnings of these for fewer patches."""
@@ -78,7 +78,7 @@ class Buffers:
 
         return Buffers(
             self.x[:num_patches],
-            self.residual[:num_patches],
+            self.shifts,
             self.cos[:num_patches],
             self.sin[:num_patches],
             first_tiles(self.frames, most_frame_tiles(num_patches, self.frames.tile)),
@@ -106,7 +106,7 @@ class Buffers:
 
     def state(self) -> VisionState:
         """A batch of all these patches, before the first layer."""
-        return VisionState(self.x, None, self.cos, self.sin, self.frames, self.windows, None)
+        return VisionState(self.x, self.shifts, self.cos, self.sin, self.frames, self.windows, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +127,6 @@ class Recorded:
         state.next_layer = graph_end(first, last, num_layers)
         for graph in self.graphs[first // LAYERS_PER_GRAPH : -(-state.next_layer // LAYERS_PER_GRAPH)]:
             graph.replay()
-        if state.next_layer == num_layers:
-            state.residual = self.buffers.residual[: len(state.x)]
 
 
 class TowerGraphs:
@@ -169,7 +167,7 @@ class TowerGraphs:
         self._tower.run_layers(self.buffers.cut(num_patches).state(), 0, num_layers)
 
     def _record(self, buffers: Buffers, pool: Any, stream: torch.cuda.Stream) -> Recorded:
-        """A graph reads what the one before it has left in the pool, so that nothing else may run in between."""
+        """Between its graphs a batch lies in the buffers alone; what is in the pool belongs to the graph that runs."""
         state, num_layers = buffers.state(), self._tower.num_layers
         graphs = []
         stream.wait_stream(torch.cuda.current_stream())
@@ -181,10 +179,6 @@ class TowerGraphs:
                 self._tower.run_layers(
                     state, state.next_layer, graph_end(state.next_layer, state.next_layer, num_layers)
                 )
-                if state.next_layer == num_layers:
-                    assert state.residual is not None
-                    buffers.x.copy_(state.x)
-                    buffers.residual.copy_(state.residual)
                 graph.capture_end()
                 graphs.append(graph)
         torch.cuda.current_stream().wait_stream(stream)

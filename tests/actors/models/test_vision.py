@@ -56,6 +56,19 @@ def test_layers_run_in_quanta_give_the_same_rows(models: Models) -> None:
 
 
 @torch.inference_mode()
+def test_the_residual_stream_stays_where_it_is_and_lacks_only_its_biases(models: Models) -> None:
+    """For one window, whose patches both towers keep in one order."""
+    pixel_values, grid = patches(models, [(1, 8, 8)]), (1, 8, 8)
+    state = models.tower.prepare(pixel_values, [grid])
+    place = state.x.data_ptr()
+    models.tower.run_layers(state, 0, models.tower.num_layers)
+    assert state.x.data_ptr() == place
+    expected = models.reference.model.visual(pixel_values, grid_thw=torch.tensor([grid])).last_hidden_state
+    off = (state.x + state.shifts[-1] - expected).abs().max()
+    assert off <= 2e-6 * expected.abs().max() < (state.x - expected).abs().max()
+
+
+@torch.inference_mode()
 def test_layers_out_of_order_or_left_out_are_refused(models: Models) -> None:
     state = models.tower.prepare(patches(models, [(1, 4, 4)]), [(1, 4, 4)])
     with pytest.raises(ValueError, match="the next is 0"):
@@ -92,12 +105,14 @@ def test_columns_that_pad_a_gated_mlp_add_nothing(width: int, tmp_path: Path) ->
     block = Qwen25VisionBlock(config, torch.float32, torch.device("cpu"))
     generator = torch.Generator().manual_seed(width)
     weights = {}
-    for name, target in block.targets(""):
+    for name, target in block.targets("", torch.empty(2, config.embed_dim)):
         weights[name] = torch.randn(target.shape, generator=generator)
         target.into.copy_(weights[name])
     assert weights["mlp.down_proj.weight"].shape == (config.embed_dim, width)
     assert block.down_proj.weight.shape[1] == 16
     x = torch.randn(5, config.embed_dim, generator=generator)
     gate, up = (F.linear(x, weights[f"mlp.{n}.weight"], weights[f"mlp.{n}.bias"]) for n in ("gate_proj", "up_proj"))
-    expected = F.linear(F.silu(gate) * up, weights["mlp.down_proj.weight"], weights["mlp.down_proj.bias"])
-    assert (block.mlp(x) - expected).abs().max() <= 1e-6 * expected.abs().max()
+    added = torch.zeros_like(x)
+    block.mlp(x, added)
+    expected = F.linear(F.silu(gate) * up, weights["mlp.down_proj.weight"])
+    assert (added - expected).abs().max() <= 1e-6 * expected.abs().max()
