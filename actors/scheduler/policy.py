@@ -22,6 +22,8 @@ from vlmrt.actors.scheduler.prefix_cache import PrefixCache
 from vlmrt.actors.scheduler.request import Request, Status
 from vlmrt.runtime.messages import EmbedSlice, NewSequence, StepPlan, StepRow
 
+MIN_TOKENS_BEFORE_MEDIA = 64  # of a row that ends there, since the rows of an image are not there yet
+
 _BY_KEY = attrgetter("key")
 
 Want = Callable[[Request, int], None]  # MediaWork.want: read the items behind that many tokens
@@ -272,15 +274,23 @@ class Planner:
     # ------------------------------------------------------------ media within a row
 
     def _runnable_end(self, request: Request, start: int, limit: int) -> int:
-        """Up to which token a row from start on can run: before the first image whose rows are not there."""
+        """Up to which token a row from start on can run: before the first image whose rows are not there.
+
+        A few tokens of text before it are left to run with it: alone they would cost a step as long as a decode step.
+        Rows of another image are not, since their pages may be the ones that it waits for.
+        """
         end = min(limit, len(request.token_ids))
         if start >= request.media_end:
             return end
+        worthwhile = start + MIN_TOKENS_BEFORE_MEDIA
         for item in request.media[request.num_consumed_items :]:
-            if item.start >= end:
+            if item.start >= max(end, worthwhile):
                 break
-            if item.start + item.num_tokens > start and self._embeds.ready_entry(item.mm_hash) is None:
-                return min(end, max(item.start, start))
+            if item.start + item.num_tokens <= start:
+                continue
+            if self._embeds.ready_entry(item.mm_hash) is None:
+                return start if item.start < worthwhile else min(end, item.start)
+            worthwhile = start
         return end
 
     def _embed_slices(self, request: Request, start: int, end: int, draft: Draft) -> tuple[EmbedSlice, ...]:

@@ -95,11 +95,13 @@ class TorchEngine:
             else:
                 run.recorded.run(run.state, last, self._tower.num_layers)
         last = run.state.next_layer
+        if last == self._tower.num_layers:
+            return True  # without a wait: the next batch is prepared behind these layers
         run.in_flight.append((last - first, Mark(self._device)))
         keep = 1 if (last - first) * run.layer_s <= self._quantum_s / 2 else 0
         while len(run.in_flight) > keep:
             self._wait_for_oldest(run)
-        return last == self._tower.num_layers
+        return False
 
     def rows(self, run: TorchRun) -> Tensor:
         with torch.inference_mode():

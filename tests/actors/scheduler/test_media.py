@@ -43,16 +43,24 @@ def test_an_image_goes_from_edge_to_media_worker_to_vit_to_the_step_that_reads_i
 
 def test_text_and_first_images_go_ahead_while_later_ones_are_encoded() -> None:
     driver = Driver()
-    driver.submit("r1", 20, (image("a", 4, 4), image("b", 12, 4)))
+    driver.submit("r1", 100, (image("a", 70, 4), image("b", 78, 4)))
     (plan,) = driver.advance()
-    assert rows(plan) == [(0, 0, 4)]
+    assert rows(plan) == [(0, 0, 70)]
     driver.make_ready("a")
     (plan,) = driver.advance()
-    assert rows(plan) == [(0, 4, 8)]
+    assert rows(plan) == [(0, 70, 8)]
     assert driver.advance() == []
     driver.make_ready("b")
     driver.result()
-    assert rows(driver.advance()[0]) == [(0, 12, 8)]
+    assert rows(driver.advance()[0]) == [(0, 78, 22)]
+
+
+def test_a_few_tokens_of_text_wait_for_the_image_behind_them() -> None:
+    driver = Driver()
+    driver.submit("r1", 100, (image("a", 63, 4),))
+    assert driver.advance() == []
+    driver.make_ready("a")
+    assert rows(driver.advance()[0]) == [(0, 0, 100)]
 
 
 def test_a_chunk_may_end_within_an_image() -> None:
@@ -113,7 +121,7 @@ def test_text_only_requests_do_not_wait_behind_media() -> None:
 
 def test_text_only_requests_get_the_slot_of_one_that_waits_for_media() -> None:
     driver = Driver(max_num_seqs=1)
-    driver.submit("media", 10, (image("a", 2, 4),))
+    driver.submit("media", 80, (image("a", 70, 4),))
     driver.advance()
     driver.result()
     driver.submit("text", [5] * 5)
@@ -123,8 +131,8 @@ def test_text_only_requests_get_the_slot_of_one_that_waits_for_media() -> None:
 
 
 def test_a_request_gives_way_to_younger_ones_only_once() -> None:
-    driver = Driver(max_num_seqs=1)
-    driver.submit("media", 10, (image("a", 2, 4),))
+    driver = Driver(max_num_seqs=1, prefix_caching=False)
+    driver.submit("media", 80, (image("a", 70, 4),))
     driver.advance()
     driver.result()
     driver.submit("text1", [5] * 5, max_tokens=1)
