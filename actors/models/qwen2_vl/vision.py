@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from vlmrt.actors.models.config import VisionConfig
 from vlmrt.actors.models.layers import Linear, Norm, Target
 from vlmrt.actors.models.vision_tower import NORM_EPS, VisionAttention, VisionTower, add_norm
-from vlmrt.kernels.quick_gelu import quick_gelu
+from vlmrt.kernels.gelu_linear import quick_gelu_linear
 from vlmrt.kernels.vision_attention import Segments
 
 
@@ -31,8 +31,8 @@ class Qwen2VisionBlock(nn.Module):
         return self.mlp(x), residual
 
     def mlp(self, x: Tensor) -> Tensor:
-        wide = self.fc1(x)
-        return self.fc2(quick_gelu(wide) if self.quick_gelu else F.gelu(wide))  # type: ignore[no-any-return]
+        wide = quick_gelu_linear(x, self.fc1.weight, self.fc1.bias) if self.quick_gelu else F.gelu(self.fc1(x))
+        return self.fc2(wide)  # type: ignore[no-any-return]
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
         yield from self.norm1.targets(f"{prefix}norm1.")
