@@ -23,7 +23,6 @@ from triton.compiler import ASTSource
 import vlmrt.kernels.triton
 from vlmrt.kernels.triton.compile_spec import CompileSpec
 
-CAPABILITIES = (80, 90)
 RECORD = Path(__file__).parent.parent / "results" / "kernel_resources.json"
 
 
@@ -72,7 +71,7 @@ def all_resources() -> dict[str, Resources]:
     return {
         f"{spec.name} sm_{capability}": compiled_resources(spec, capability)
         for spec in published_specs()
-        for capability in CAPABILITIES
+        for capability in spec.capabilities
     }
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 INTERPRETED = (
+    "test_gelu_linear.py",
     "test_linear.py",
     "test_paged_attention_triton.py",
     "test_sampling_triton.py",
