@@ -3,6 +3,9 @@
 A step's time is taken as base + tokens * cost: the base is the median of recent steps that only decode, the cost is the
 median of what prefill tokens added to recent steps, each step counted by its tokens.  Medians, since the first steps
 of a process and those beside a busy neighbour are slow.  No clock: durations come with StepResult.
+
+A step that only decodes follows each one whose prefill takes long, so that the median time between tokens stays close
+to that of decoding alone however much prefill there is.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from collections import deque
 from statistics import median
 
 NUM_STEPS = 16  # of either kind that are remembered
+LONG = 0.7  # prefill takes long if it adds more than this share of what decoding takes
 _MANY_TOKENS = 1e9
 
 
@@ -25,6 +29,12 @@ class Pacing:
         self._prefills: deque[tuple[float, int]] = deque(maxlen=NUM_STEPS)  # ms per token, tokens
         self.base_ms = 0.0
         self.token_ms = 0.0
+        self._only_decodes_next = False
+
+    def planned(self, num_decode_rows: int, num_prefill_tokens: int) -> None:
+        """A step of these rows is the next to run."""
+        is_long = num_prefill_tokens * self.token_ms > LONG * self.base_ms
+        self._only_decodes_next = self._target_ms is not None and num_decode_rows > 0 and is_long
 
     def observe(self, num_decode_rows: int, num_prefill_tokens: int, duration_ms: float) -> None:
         """A step of these rows took this long."""
@@ -39,9 +49,11 @@ class Pacing:
             self.base_ms = median(self._decodes_ms)
 
     def max_prefill_tokens(self, num_decode_rows: int) -> int | None:
-        """The most prefill tokens beside so many decode rows; None: as many as there is room for."""
+        """The most prefill tokens of the next step beside so many decode rows; None: as many as there is room for."""
         if self._target_ms is None or num_decode_rows == 0 or self.token_ms == 0.0:
             return None
+        if self._only_decodes_next:
+            return 0
         fitting = min((self._target_ms - self.base_ms) / self.token_ms, _MANY_TOKENS)
         return max(self._min_tokens, int(fitting))
 

@@ -181,6 +181,7 @@ class Planner:
         plan = StepPlan(step, release, tuple(draft.admit), tuple([row for row, _ in pairs]))
         num_prefill_tokens = sum(planned.num_tokens for _, planned in draft.prefills)
         rows = [planned for _, planned in pairs]
+        self.pacing.planned(len(draft.decodes), num_prefill_tokens)
         return Step(plan, rows, list(draft.entries.values()), len(draft.decodes), num_prefill_tokens)
 
     def _plan_decodes(self, draft: Draft) -> None:

@@ -50,6 +50,24 @@ def test_nothing_is_bounded_without_a_target_without_decode_rows_or_without_expe
     assert free.max_prefill_tokens(8) is None
 
 
+def test_after_a_long_prefill_one_step_only_decodes() -> None:
+    pacing = learned(40.0, 5.0, 0.05)
+    pacing.planned(8, 600)
+    assert pacing.max_prefill_tokens(8) == 0
+    assert pacing.max_prefill_tokens(0) is None
+    pacing.planned(8, 0)
+    assert pacing.max_prefill_tokens(8) == 700
+
+
+@pytest.mark.parametrize(("num_decode_rows", "num_prefill_tokens"), [(8, 60), (0, 600)])
+def test_after_a_short_prefill_or_one_that_nobody_decoded_beside_the_next_may_follow(
+    num_decode_rows: int, num_prefill_tokens: int
+) -> None:
+    pacing = learned(40.0, 5.0, 0.05)
+    pacing.planned(num_decode_rows, num_prefill_tokens)
+    assert pacing.max_prefill_tokens(8) == 700
+
+
 def test_slow_first_steps_and_stalls_do_not_move_the_estimates() -> None:
     pacing = learned(40.0, 4.0, 0.05)
     before = pacing.max_prefill_tokens(8)
@@ -99,7 +117,7 @@ def test_a_long_prompt_beside_a_stream_runs_in_chunks_within_the_target() -> Non
         driver.result(duration_ms=2.0)
     driver.submit("long", 90)
     chunks = []
-    for _ in range(20):
+    for _ in range(30):
         for plan in driver.advance():
             chunks += [row.num_tokens for row in plan.rows if row.num_tokens > 1]
         step = driver.state.llm.in_flight[0]
