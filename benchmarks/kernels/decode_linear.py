@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vlmrt.kernels.linear import gated_linear, gated_linear_reference, is_streamed, linear, linear_reference
 from vlmrt.kernels.silu_and_mul import silu_and_mul
-from vlmrt.kernels.triton.decode_linear import MAX_SPLIT_ROWS, MAX_VECTOR_ROWS, Tiling, decode_linear
+from vlmrt.kernels.triton.decode_linear import MAX_VECTOR_ROWS, Tiling, decode_linear
 
 BYTES_PER_S = 3.0e12
 POOL_VALUES = 1_600_000_000
@@ -31,16 +31,7 @@ CHAIN_BYTES = 600_000_000
 MAX_ERROR = 2**-7  # of the largest value: two roundings
 NUM_LAYERS = 28
 ROWS = (1, 2, 8, 16, 64)
-VECTOR_TILINGS = tuple(
-    Tiling(*tile, is_prefetched=prefetched)
-    for tile in ((4, 512, 2), (4, 1024, 4), (4, 2048, 8), (8, 512, 2), (8, 1024, 4))
-    for prefetched in (False, True)
-)
-SPLIT_TILINGS = tuple(
-    Tiling(*tile, is_split=True, is_prefetched=prefetched)
-    for tile in ((16, 64, 4, 4), (16, 64, 4, 6), (16, 128, 4, 3), (16, 64, 8, 3), (16, 128, 8, 2), (32, 64, 4, 4))
-    for prefetched in (False, True)
-)
+VECTOR_TILINGS = (Tiling(4, 512, 2), Tiling(4, 1024, 4), Tiling(4, 2048, 8), Tiling(8, 512, 2), Tiling(8, 1024, 4))
 TENSOR_TILINGS = (
     Tiling(32, 128, 4, 4),
     Tiling(32, 256, 4, 3),
@@ -179,49 +170,24 @@ def time_products(weights: Weights, model: str, num_rows: int) -> None:
     report(model, num_rows, "step", served_us, sum(product.floor_us for product, _ in step), cublas_us)
 
 
-def tilings_of(num_rows: int) -> tuple[Tiling, ...]:
-    if num_rows <= MAX_VECTOR_ROWS:
-        return VECTOR_TILINGS
-    return (*SPLIT_TILINGS, *TENSOR_TILINGS) if num_rows <= MAX_SPLIT_ROWS else TENSOR_TILINGS
-
-
 def sweep(weights: Weights, model: str, num_rows: int) -> None:
-    """The best tilings of each product, then all products of a decode step with the best of each."""
-    *layer, head = MODELS[model]
-    inputs = {product.K: normal(num_rows, product.K) for product in MODELS[model]}
-    served = {}
     for product in MODELS[model]:
-        chain, x = weights.chain(product), inputs[product.K]
+        chain, x = weights.chain(product), normal(num_rows, product.K)
         found: list[tuple[float, Tiling]] = []
-        for tiling in tilings_of(num_rows):
+        for tiling in VECTOR_TILINGS if num_rows <= MAX_VECTOR_ROWS else TENSOR_TILINGS:
             run = partial(decode_linear, x, is_gated=product.is_gated, tiling=tiling)
             calls = [partial(run, weight=weight) for weight in chain]
             try:
                 found.append((graph_us(calls) / len(chain), tiling))
             except triton.runtime.errors.OutOfResources:  # of shared memory
                 continue
-        best = "; ".join(f"{time_us:.2f} {tuple(tiling)}" for time_us, tiling in sorted(found)[:5])
+        best = "; ".join(f"{time_us:.2f} {tuple(tiling)}" for time_us, tiling in sorted(found)[:4])
         print(f"{model} {product.name:8} T={num_rows:<3} floor {product.floor_us:.2f}   {best}", flush=True)
-        served[product] = min(found)[1]
-    step = [(product, weights.take(product)) for product in (*layer * NUM_LAYERS, head)]
-    floor_us = sum(product.floor_us for product, _ in step)
-    for prefetched in (None, False, True):  # None: as found
-        chosen = {
-            product: tiling if prefetched is None else tiling._replace(is_prefetched=prefetched)
-            for product, tiling in served.items()
-        }
-        calls = [
-            partial(decode_linear, inputs[product.K], weight, is_gated=product.is_gated, tiling=chosen[product])
-            for product, weight in step
-        ]
-        says = "best tilings" if prefetched is None else "prefetched" if prefetched else "not prefetched"
-        print(f"{model} step T={num_rows:<3} {graph_us(calls):.1f} us, floor {floor_us:.1f}: {says}", flush=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true", help="time every tiling, about a minute")
-    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     options = parser.parse_args()
     seed = secrets.randbits(32)
     torch.manual_seed(seed)
@@ -233,7 +199,7 @@ def main() -> int:
         return 1
     print("* served by cuBLAS")
     for model in MODELS:
-        for num_rows in options.rows:
+        for num_rows in ROWS:
             (sweep if options.sweep else time_products)(weights, model, num_rows)
     return 0
 

@@ -28,16 +28,12 @@ N, K = 5120, 1280
 NUM_LAYERS = 8  # 105 MB of weights, twice the L2
 ROWS = (8192, 7820, 4096, 2048, 1024)
 TILINGS = (
-    Tiling(128, 256, 64, 8, 4, "flat", in_halves=True),
-    Tiling(128, 256, 64, 8, 3, "flat"),
-    Tiling(128, 256, 64, 8, 4, "flat", in_halves=True, group_m=16),
-    Tiling(256, 128, 64, 8, 4, "flat", in_halves=True),
-    Tiling(128, 128, 64, 8, 5, "flat", in_halves=True),
-    Tiling(128, 256, 64, 8, 4, "tiles", in_halves=True),
-    Tiling(128, 128, 64, 4, 3, "tiles", in_halves=True),
-    Tiling(128, 128, 64, 8, 3, "tiles", in_halves=True),
-    Tiling(128, 128, 64, 4, 3, "pointers"),
-    Tiling(128, 256, 64, 8, 3, "pointers"),
+    Tiling(128, 256, 64, 8, 4, in_halves=True),
+    Tiling(128, 256, 64, 8, 3),
+    Tiling(128, 256, 64, 8, 3, group_m=16),
+    Tiling(256, 128, 64, 8, 4, in_halves=True),
+    Tiling(256, 128, 64, 8, 3),
+    Tiling(128, 128, 64, 8, 5, in_halves=True),
 )
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -18,7 +18,6 @@ from vlmrt.kernels.triton.overlap import overlap
 
 MAX_ROWS = 64
 MAX_VECTOR_ROWS = 2  # those of vector_kernel
-MAX_SPLIT_ROWS = 16  # those of split_kernel, which has one tile of them
 VECTOR = tl.constexpr(8)  # 16 bytes of bfloat16, the widest load
 
 
@@ -28,34 +27,7 @@ class Tiling(NamedTuple):
     tile_n: int
     tile_k: int
     num_warps: int
-    num_stages: int = 1  # of tensor_kernel and split_kernel; vector_kernel has two, in registers
-    is_split: bool = False  # split_kernel: every warp takes tile_k columns of its own, and all of tile_n
-    is_prefetched: bool = False  # the weight is asked for as a whole before the kernel in front is waited for
-
-
-@triton.jit
-def _prefetch_values(start, num_values, NUM_THREADS: tl.constexpr):
-    """Ask for num_values of 2 bytes from start on to be brought to the L2 cache."""
-    per_thread = tl.cdiv(tl.cdiv(num_values, NUM_THREADS), 8) * 8  # the instruction takes multiples of 16 bytes
-    first = tl.arange(0, NUM_THREADS) * per_thread
-    num_bytes = tl.maximum(tl.minimum(num_values - first, per_thread), 0) * 2
-    tl.inline_asm_elementwise(
-        "{ .reg .pred some; setp.gt.s32 some, $2, 0; @some cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,r",
-        [start + first, num_bytes],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def _prefetch(weight, first, num_columns, K, TILE_N: tl.constexpr, NUM_THREADS: tl.constexpr, GATED: tl.constexpr):
-    """Ask for a program's rows of the weight, which lie one behind the other."""
-    num_values = tl.minimum(num_columns - first, TILE_N) * K
-    _prefetch_values(weight + first.to(tl.int64) * K, num_values, NUM_THREADS)
-    if GATED:
-        _prefetch_values(weight + (num_columns + first).to(tl.int64) * K, num_values, NUM_THREADS)
+    num_stages: int = 1  # of tensor_kernel; vector_kernel has two, in registers
 
 
 @triton.jit(do_not_specialize=["num_columns"])
@@ -69,15 +41,11 @@ def vector_kernel(
     ROWS: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
-    NUM_THREADS: tl.constexpr,
     GATED: tl.constexpr,
-    PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    if PREFETCH:
-        _prefetch(weight, tl.program_id(0) * TILE_N, num_columns, K, TILE_N, NUM_THREADS, GATED)
     # loads are [rows, TILE_K], products [ROWS, TILE_N, TILE_K / VECTOR, VECTOR]: with TILE_K = 256 num_warps a thread
     # holds one vector of every row, so that all have one layout and threads exchange sums only once, at the end
     VECTORS: tl.constexpr = TILE_K // VECTOR
@@ -173,64 +141,6 @@ def tensor_kernel(
     tl.store(out + rows[:, None] * num_columns + columns[None, :], product.to(out.dtype.element_ty), mask=written)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_columns"])
-def split_kernel(
-    x,
-    weight,
-    out,
-    num_rows,
-    num_columns,
-    K,
-    x_stride,
-    ROWS: tl.constexpr,
-    TILE_N: tl.constexpr,
-    TILE_K: tl.constexpr,
-    SPLITS: tl.constexpr,  # warps
-    EVEN_K: tl.constexpr,
-    GATED: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    first = tl.program_id(0) * TILE_N
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    if PREFETCH:
-        _prefetch(weight, first, num_columns, K, TILE_N, SPLITS * 32, GATED)
-    # loads and products are [SPLITS, ...]: a product of tensors of three dimensions goes to warps by the first
-    rows = tl.arange(0, ROWS)
-    in_batch = (rows < num_rows)[None, :, None]
-    columns = first + tl.arange(0, TILE_N)
-    offsets_k = tl.arange(0, SPLITS)[:, None] * TILE_K + tl.arange(0, TILE_K)[None, :]
-    of_weight = weight + tl.minimum(columns, num_columns - 1).to(tl.int64)[None, None, :] * K + offsets_k[:, :, None]
-    of_up = of_weight + num_columns.to(tl.int64) * K
-    of_x = x + rows[None, :, None] * x_stride + offsets_k[:, None, :]
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-
-    product = tl.zeros((SPLITS, ROWS, TILE_N), tl.float32)
-    up_product = tl.zeros((SPLITS, ROWS, TILE_N), tl.float32)
-    for k in range(0, K, SPLITS * TILE_K):
-        if EVEN_K:
-            chunk = tl.load(of_x + k, mask=in_batch, other=0.0, eviction_policy="evict_last")
-            w = tl.load(of_weight + k, eviction_policy="evict_first")
-        else:
-            inside = k + offsets_k < K
-            chunk = tl.load(of_x + k, mask=in_batch & inside[:, None, :], other=0.0, eviction_policy="evict_last")
-            w = tl.load(of_weight + k, mask=inside[:, :, None], other=0.0, eviction_policy="evict_first")
-        product = tl.dot(chunk, w, product, input_precision="ieee")
-        if GATED:
-            if EVEN_K:
-                up = tl.load(of_up + k, eviction_policy="evict_first")
-            else:
-                up = tl.load(of_up + k, mask=inside[:, :, None], other=0.0, eviction_policy="evict_first")
-            up_product = tl.dot(chunk, up, up_product, input_precision="ieee")
-    total = tl.sum(product, axis=0)
-    if GATED:
-        total = total * tl.sigmoid(total) * tl.sum(up_product, axis=0)
-    written = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
-    tl.store(out + rows[:, None] * num_columns + columns[None, :], total.to(out.dtype.element_ty), mask=written)
-
-
 def choose_tiling(num_rows: int, num_columns: int, is_gated: bool) -> Tiling:
     """Timed on an H100 over the shapes of Qwen2-VL 2B and 7B (benchmarks/results/2026-11-22-h100-kernels.md)."""
     if num_rows <= MAX_VECTOR_ROWS:
@@ -260,14 +170,8 @@ def decode_linear(x: Tensor, weight: Tensor, *, is_gated: bool = False, tiling: 
     grid = (triton.cdiv(num_columns, tiling.tile_n),)
     constants: dict[str, object] = {"TILE_N": tiling.tile_n, "TILE_K": tiling.tile_k, "GATED": is_gated}
     options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages, **overlap(x.device)}
-    is_prefetched = tiling.is_prefetched and options["PDL"]
     if num_rows <= MAX_VECTOR_ROWS:
-        constants |= {"NUM_THREADS": 32 * tiling.num_warps, "PREFETCH": is_prefetched}
         vector_kernel[grid](x, weight, out, num_columns, K, x.stride(0), ROWS=num_rows, **constants, **options)
-    elif tiling.is_split:
-        constants |= {"ROWS": max(16, triton.next_power_of_2(num_rows)), "SPLITS": tiling.num_warps}
-        constants |= {"EVEN_K": K % (tiling.tile_k * tiling.num_warps) == 0, "PREFETCH": is_prefetched}
-        split_kernel[grid](x, weight, out, num_rows, num_columns, K, x.stride(0), **constants, **options)
     else:
         constants |= {"ROWS": max(16, triton.next_power_of_2(num_rows)), "EVEN_K": K % tiling.tile_k == 0}
         tensor_kernel[grid](x, weight, out, num_rows, num_columns, K, x.stride(0), **constants, **options)

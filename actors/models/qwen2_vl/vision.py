@@ -7,15 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmrt.actors.models.config import VisionConfig
-<<<<<<< HEAD
 from vlmrt.actors.models.layers import Linear, Norm, Target, whole
 from vlmrt.actors.models.vision_tower import NORM_EPS, ResidualLinear, VisionAttention, VisionTower, shifted_norm
-from vlmrt.kernels.quick_gelu import quick_gelu
-=======
-from vlmrt.actors.models.layers import Linear, Norm, Target
-from vlmrt.actors.models.vision_tower import NORM_EPS, VisionAttention, VisionTower, add_norm
 from vlmrt.kernels.gelu_linear import quick_gelu_linear
->>>>>>> wip-gelu
 from vlmrt.kernels.vision_attention import Segments
 
 
@@ -33,15 +27,9 @@ class Qwen2VisionBlock(nn.Module):
         self.attn(shifted_norm(x, shifts[0], self.norm1), cos, sin, segments, x)
         self.mlp(shifted_norm(x, shifts[1], self.norm2), x)
 
-<<<<<<< HEAD
     def mlp(self, x: Tensor, residual: Tensor) -> None:
-        wide = self.fc1(x)
-        self.fc2.add_to(residual, quick_gelu(wide) if self.quick_gelu else F.gelu(wide))
-=======
-    def mlp(self, x: Tensor) -> Tensor:
         wide = quick_gelu_linear(x, self.fc1.weight, self.fc1.bias) if self.quick_gelu else F.gelu(self.fc1(x))
-        return self.fc2(wide)  # type: ignore[no-any-return]
->>>>>>> wip-gelu
+        self.fc2.add_to(residual, wide)
 
     def targets(self, prefix: str, biases: Tensor) -> Iterator[tuple[str, Target]]:
         yield from self.norm1.targets(f"{prefix}norm1.")
