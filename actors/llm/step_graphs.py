@@ -30,8 +30,8 @@ MAX_DECODES = 256
 DECODES = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, *range(64, MAX_DECODES + 1, 16))
 DECODES_BESIDE_PREFILL = (16, 64, MAX_DECODES)
 # Launched one by one, a step of 2B takes a host 25 ms, up to 70 beside other work: as long as an H100 needs for 4,000
-# tokens.  From 1,024 tokens on padding costs, so that the sizes lie closer together.
-CHUNK_TOKENS = (16, 64, 128, 256, 512, 768, *range(1024, 2048, 256), *range(2048, 4097, 512))
+# tokens.  Padding costs as much as tokens do, so that sizes are never far apart.
+CHUNK_TOKENS = (16, 64, 128, 256, 512, *range(768, 4097, 256))
 MAX_CHUNKS = 8
 GREEDY = SamplingFlags(True, False, False, False, False)
 HIGHEST_PRIORITY = -1
