@@ -55,7 +55,9 @@ class SchedulingOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 class MemoryOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kv_cache_gib: float | None = None  # None: a share of what is free, decided by the ranks
     num_kv_blocks: int | None = None  # overrides kv_cache_gib; for tests of preemption
+    kv_host_cache_gib: float = 0.0  # of host memory per rank, for KV blocks that were evicted; 0: none
     embedding_cache_gib: float = 0.25
+    embedding_host_cache_gib: float = 0.0  # of host memory per ViT, for rows of images; 0: none
     page_rows: int = 16  # rows of one slab page
     pixel_arena_mib: int = 256  # per media worker
     gpu_memory_fraction: float = 0.92

@@ -17,7 +17,7 @@ import msgspec
 
 from vlmrt.runtime.errors import WireError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 RequestId = NewType("RequestId", str)
 MmHash = NewType("MmHash", str)  # 128 bits or more, hexadecimal: content and every option that changes the rows
@@ -50,6 +50,8 @@ class MediaItem(msgspec.Struct, frozen=True, array_like=True):
     start: int  # index of its first placeholder token in the prompt
     num_tokens: int
     grid_thw: tuple[int, int, int]  # patches along time, height, width
+    uuid: str = ""  # the client's name for it, under which a later request may leave out the bytes
+    has_bytes: bool = True  # whether the edge can answer NeedMedia; False: named by uuid alone
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
@@ -87,6 +89,24 @@ class Submit(Message, frozen=True):
     stop: StopRule
     cache_salt: str = ""
     priority: int = 0  # smaller runs earlier
+    lookup_id: int = 0  # of the LookUpMedia whose findings it uses, which keep their rows until here; 0: of none
+
+
+class LookUpMedia(Message, frozen=True):
+    """What is known of media that a client names and leaves out.  Answered by MediaFound, same lookup_id.
+
+    What is found stays cached until a Submit of the same edge names the lookup_id, or ForgetLookUp.
+    """
+
+    lookup_id: int  # of this edge, from 1 on
+    cache_salt: str
+    uuids: tuple[str, ...]
+
+
+class ForgetLookUp(Message, frozen=True):
+    """No request comes of that lookup."""
+
+    lookup_id: int
 
 
 class Abort(Message, frozen=True):
@@ -112,6 +132,19 @@ class NeedMedia(Message, frozen=True):
     mm_hash: MmHash
     media: ActorName
     epoch: Epoch  # of that worker: an edge that knows another incarnation sends it nothing
+
+
+class KnownMedia(msgspec.Struct, frozen=True, array_like=True):
+    mm_hash: MmHash
+    num_tokens: int
+    grid_thw: tuple[int, int, int]
+
+
+class MediaFound(Message, frozen=True):
+    """By uuid, in the order they were asked for; None: send the bytes."""
+
+    lookup_id: int
+    items: tuple[KnownMedia | None, ...]
 
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):
@@ -184,6 +217,17 @@ class Encode(Message, frozen=True):
     pixels: ArenaRef
     shape: tuple[int, int, int, int]
     pages: tuple[int, ...]  # row r lies in pages[r // page_rows] at r % page_rows
+    host_pages: tuple[int, ...] = ()  # of the ViT's host memory, where the rows are kept as well; (): they are not
+
+
+class Restore(Message, frozen=True):
+    """Copy an image's rows from host memory into these pages of the slab.  Answered as Encode is, same encode_id."""
+
+    encode_id: int
+    mm_hash: MmHash
+    num_rows: int
+    host_pages: tuple[int, ...]
+    pages: tuple[int, ...]
 
 
 class CancelEncode(Message, frozen=True):
@@ -284,16 +328,25 @@ class StepRow(msgspec.Struct, frozen=True, array_like=True):
     embeds: tuple[EmbedSlice, ...] = ()
 
 
-class StepPlan(Message, frozen=True):
-    """One step for every rank: release slots, then admit, then run the rows (decode rows, num_tokens == 1, first).
+class BlockCopy(msgspec.Struct, frozen=True, array_like=True):
+    """The keys and values of one block, between the KV cache and a rank's host memory."""
 
-    A plan may run a token that the plan before it samples: the rank feeds it itself.
+    block_id: int
+    host_block_id: int
+
+
+class StepPlan(Message, frozen=True):
+    """One step for every rank: save, load, release slots, admit, run the rows (decode rows, num_tokens == 1, first).
+
+    A plan may run a token that the plan before it samples: the rank feeds it itself.  It may load and have no rows.
     """
 
     step: int
     release: tuple[int, ...]
     admit: tuple[NewSequence, ...]
     rows: tuple[StepRow, ...]
+    saves: tuple[BlockCopy, ...] = ()  # to host memory, of blocks that this plan gives away
+    loads: tuple[BlockCopy, ...] = ()  # from host memory; the rows of this plan may read them
 
 
 # ---------------------------------------------------------------- llm rank 0 -> scheduler
@@ -343,10 +396,13 @@ class SchedulerReady(msgspec.Struct, frozen=True, tag="scheduler"):
 
 class VitReady(msgspec.Struct, frozen=True, tag="vit"):
     slab: SlabExport
+    num_host_pages: int = 0  # of as many rows each as those of the slab; 0: no host tier
 
 
 class LlmReady(msgspec.Struct, frozen=True, tag="llm"):
     num_blocks: int  # equal on every rank: the smallest rank's
+    num_host_blocks: int = 0  # of the host tier, equal on every rank; 0: there is none
+    block_bytes: int = 0  # of one block on one rank
 
 
 Capabilities = EdgeReady | MediaReady | SchedulerReady | VitReady | LlmReady
@@ -436,10 +492,21 @@ class ServiceStatus(Message, frozen=True):
 
 # ---------------------------------------------------------------- inboxes: the unions each process decodes
 
-EdgeInbox = NeedMedia | TokenBatch
+EdgeInbox = NeedMedia | MediaFound | TokenBatch
 MediaInbox = Decode | FreePixels
-SchedulerInbox = Submit | Abort | MediaUnsent | PixelsReady | DecodeFailed | EmbedsReady | EncodeFailed | StepResult
-VitInbox = Encode | CancelEncode
+SchedulerInbox = (
+    Submit
+    | Abort
+    | LookUpMedia
+    | ForgetLookUp
+    | MediaUnsent
+    | PixelsReady
+    | DecodeFailed
+    | EmbedsReady
+    | EncodeFailed
+    | StepResult
+)
+VitInbox = Encode | Restore | CancelEncode
 LlmInbox = AttachSlab | DetachSlab | StepPlan
 SupervisorInbox = Hello | Progress | Ready | StartFailed | Heartbeat
 ControlInbox = PeerUp | PeerDown | MemoryTurn | Shutdown | ServiceStatus
