@@ -49,7 +49,7 @@ class Splits(NamedTuple):
     tokens_each: int  # a row takes another split for every so many tokens, as far as num goes
 
 
-DECODE = DecodeTiling(block_n=32, num_warps=4, num_stages=3, usual_context=384)
+DECODE = DecodeTiling(block_n=64, num_warps=4, num_stages=2, usual_context=192)
 
 
 @triton.jit

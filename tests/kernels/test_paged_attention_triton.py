@@ -172,7 +172,7 @@ def test_counters_stay_where_they_are_and_are_enough_for_any_number_of_programs(
 
 def test_splits_fill_the_gpu_and_never_outnumber_the_tiles_of_the_longest_context() -> None:
     assert choose_splits(num_decodes=1, num_kv_heads=2, max_context=8192, num_sms=132).num == 64
-    assert choose_splits(num_decodes=1, num_kv_heads=2, max_context=300, num_sms=132).num == 8
+    assert choose_splits(num_decodes=1, num_kv_heads=2, max_context=300, num_sms=132).num == 4
     assert choose_splits(num_decodes=64, num_kv_heads=2, max_context=8192, num_sms=132).num == 4
     assert choose_splits(num_decodes=256, num_kv_heads=4, max_context=8192, num_sms=132).num == 1
     assert choose_splits(num_decodes=1, num_kv_heads=2, max_context=0, num_sms=132).num == 1
@@ -180,7 +180,7 @@ def test_splits_fill_the_gpu_and_never_outnumber_the_tiles_of_the_longest_contex
 
 def test_the_more_rows_there_are_the_more_tokens_a_split_takes() -> None:
     each = [choose_splits(rows, num_kv_heads=4, max_context=8192, num_sms=132).tokens_each for rows in (1, 8, 16, 64)]
-    assert each == [32, 96, 192, 768]
+    assert each == [64, 64, 128, 384]
     assert all(tokens % DECODE.block_n == 0 for tokens in each)
 
 
