@@ -8,12 +8,14 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import interpreter_builder
 
 from tests.kernels.exactness import normal
-from tests.kernels.places import PLACES
+from tests.kernels.places import INTERPRETED, PLACES
 from tests.kernels.test_attention import SCALE, exact_attention
 from vlmrt.kernels.paged_attention import PagedBatch, paged_attention
-from vlmrt.kernels.triton.paged_attention import DECODE, Splits, choose_splits, paged_attention_triton
+from vlmrt.kernels.triton.paged_attention import paged_attention_triton
+from vlmrt.kernels.triton.paged_decode import DECODE, DecodeTiling, Splits, arrival_counters, choose_splits
 
 BLOCK_SIZE = 16
 PADDING = 3
@@ -124,9 +126,53 @@ def test_the_number_of_splits_changes_nothing_but_rounding(
     step.assert_exact(attended)
 
 
+@pytest.mark.parametrize(("device", "dtype"), PLACES)
+@pytest.mark.parametrize("tiling", [DECODE, DecodeTiling(block_n=64, num_warps=2, num_stages=2, usual_context=192)])
+def test_more_splits_are_combined_than_are_read_at_once(tiling: DecodeTiling, device: str, dtype: torch.dtype) -> None:
+    step = make_step((7, 1), 80, [(1, 10 * tiling.block_n), (1, 40)], None, dtype, device)
+    attended = paged_attention_triton(*step[:4], SCALE, None, Splits(16, tiling.block_n), tiling)
+    step.assert_exact(attended)
+
+
+@pytest.mark.parametrize(("device", "dtype"), PLACES)
+@pytest.mark.parametrize("window", [None, 70])
+def test_a_call_leaves_the_counts_at_zero_and_gives_the_same_bits_again(
+    window: int | None, device: str, dtype: torch.dtype
+) -> None:
+    step = make_step((4, 2), 32, [(1, 150), (1, 32), (1, 0), (1, 33)], window, dtype, device)
+    first, second = (paged_attention_triton(*step[:4], SCALE, window, Splits(8, 32)) for _ in range(2))
+    assert not arrival_counters(step.q.device, 4 * 2).any()
+    assert torch.equal(first, second)
+
+
+@INTERPRETED
+def test_whichever_split_is_the_last_the_bits_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = make_step((2, 1), 32, [(1, 200), (1, 97)])
+    splits = Splits(8, 32)
+    in_order = paged_attention_triton(*step[:4], SCALE, None, splits)
+    place = interpreter_builder.set_grid_idx
+    for seed in range(2):
+        order = torch.randperm(splits.num, generator=torch.Generator().manual_seed(seed)).tolist()
+
+        def shuffled(x: int, y: int, z: int, order: list[int] = order) -> None:
+            is_decode = interpreter_builder.grid_dim[0] == splits.num  # the rows of padding are another launch
+            place(order[x] if is_decode else x, y, z)
+
+        monkeypatch.setattr(interpreter_builder, "set_grid_idx", shuffled)
+        assert torch.equal(paged_attention_triton(*step[:4], SCALE, None, splits), in_order)
+    step.assert_exact(in_order)
+
+
+def test_counters_stay_where_they_are_and_are_enough_for_any_number_of_programs() -> None:
+    device = torch.device("cpu")
+    assert arrival_counters(device, 3).data_ptr() == arrival_counters(device, 4).data_ptr()
+    for num_programs in (1, 8, 9, 1000):
+        assert arrival_counters(device, num_programs).numel() >= num_programs
+
+
 def test_splits_fill_the_gpu_and_never_outnumber_the_tiles_of_the_longest_context() -> None:
     assert choose_splits(num_decodes=1, num_kv_heads=2, max_context=8192, num_sms=132).num == 64
-    assert choose_splits(num_decodes=1, num_kv_heads=2, max_context=300, num_sms=132).num == 8
+    assert choose_splits(num_decodes=1, num_kv_heads=2, max_context=300, num_sms=132).num == 4
     assert choose_splits(num_decodes=64, num_kv_heads=2, max_context=8192, num_sms=132).num == 4
     assert choose_splits(num_decodes=256, num_kv_heads=4, max_context=8192, num_sms=132).num == 1
     assert choose_splits(num_decodes=1, num_kv_heads=2, max_context=0, num_sms=132).num == 1
@@ -134,7 +180,7 @@ def test_splits_fill_the_gpu_and_never_outnumber_the_tiles_of_the_longest_contex
 
 def test_the_more_rows_there_are_the_more_tokens_a_split_takes() -> None:
     each = [choose_splits(rows, num_kv_heads=4, max_context=8192, num_sms=132).tokens_each for rows in (1, 8, 16, 64)]
-    assert each == [32, 96, 192, 768]
+    assert each == [64, 64, 128, 384]
     assert all(tokens % DECODE.block_n == 0 for tokens in each)
 
 
