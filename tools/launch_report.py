@@ -19,7 +19,7 @@ from vlmrt.tools import demo
 
 PICTURE = Path(__file__).parent / "red-circle.png"
 QUESTION = "What color is the circle?"
-LOADING_WEIGHTS = "loading weights"  # the stage that counts bytes
+BYTE_STAGES = ("loading weights", "pinning host memory")  # that count bytes
 MIB = 1 << 20
 
 
@@ -30,6 +30,7 @@ class LaunchReport:
         self._config = config
         self._model = model
         self._num_kv_blocks = 0
+        self._num_kv_host_blocks = 0
         self._sharing = ""
         self._was_ready = False
         self._began_s = time.monotonic()
@@ -43,7 +44,7 @@ class LaunchReport:
             self._bars.start()
 
     def progress(self, actor: ActorName, stage: str, done: int, total: int) -> None:
-        amount = f"{done / MIB:.1f}/{total / MIB:.1f} MiB" if stage == LOADING_WEIGHTS else f"{done}/{total}"
+        amount = f"{done / MIB:.1f}/{total / MIB:.1f} MiB" if stage in BYTE_STAGES else f"{done}/{total}"
         if self._bars is not None:
             key = (actor, stage)
             if key not in self._tasks:
@@ -55,6 +56,7 @@ class LaunchReport:
     def actor_up(self, actor: ActorName, epoch: Epoch, capabilities: Capabilities) -> None:
         if isinstance(capabilities, LlmReady):
             self._num_kv_blocks = capabilities.num_blocks
+            self._num_kv_host_blocks = capabilities.num_host_blocks
         self._line(f"  {actor} is up after {time.monotonic() - self._began_s:.1f} s")
 
     def actor_down(self, actor: ActorName, epoch: Epoch, reason: str) -> None:
@@ -120,6 +122,9 @@ class LaunchReport:
         ]
         if self._sharing:
             block.insert(block.index(f"  device     {self._place()}") + 1, f"  sharing    {self._sharing}")
+        if host_tiers := self._host_tiers():
+            context = next(place for place, line in enumerate(block) if line.startswith("  context "))
+            block.insert(context + 1, f"  host tier  {host_tiers}")
         if num_kv_tokens < model.max_model_len:
             block.append(
                 f"  note       the KV cache holds fewer tokens than the context: longer requests than {num_kv_tokens} "
@@ -131,6 +136,16 @@ class LaunchReport:
                 "pictures, and nothing else"
             )
         return [*block, "", "  Try it:", "", self._curl(url), ""]
+
+    def _host_tiers(self) -> str:
+        """What lies in host memory; empty if nothing does."""
+        memory, tiers = self._config.memory, []
+        if self._num_kv_host_blocks:
+            num_tokens = self._num_kv_host_blocks * self._config.scheduling.block_size
+            tiers.append(f"KV cache {num_tokens} tokens ({memory.kv_host_cache_gib:g} GiB per rank)")
+        if memory.embedding_host_cache_gib:
+            tiers.append(f"images {memory.embedding_host_cache_gib:g} GiB per ViT")
+        return ", ".join(tiers)
 
     def _sampling(self) -> str:
         if self._config.model.generation_config == "none":

@@ -10,7 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vlmrt.actors.llm.kv_cache import allocate
+from vlmrt.actors.llm.kv_cache import allocate, block_shape, by_layer
+from vlmrt.actors.llm.kv_host_tier import HostBlocks, KvHostTier
 from vlmrt.actors.llm.runner import PendingStep, Runner
 from vlmrt.actors.llm.slots import Slots
 from vlmrt.actors.models.config import ModelConfig
@@ -212,15 +213,23 @@ class Driver:
 
 
 def make_runner(
-    model: LanguageModel, config: ModelConfig, tp: TensorParallel, slab: FakeSlab | None = None, device: str = "cpu"
+    model: LanguageModel,
+    config: ModelConfig,
+    tp: TensorParallel,
+    slab: FakeSlab | None = None,
+    device: str = "cpu",
+    num_host_blocks: int = 0,
 ) -> Runner:
     on = torch.device(device)
-    kv = allocate(NUM_BLOCKS, BLOCK_SIZE, config.text, tp.size, torch.float32, on)
-    for keys, values in kv:  # unwritten slots hold what an earlier request left: it must not matter
-        keys.fill_(float("nan"))
-        values.fill_(float("nan"))
+    cache = allocate(NUM_BLOCKS, BLOCK_SIZE, config.text, tp.size, torch.float32, on)
+    cache.fill_(float("nan"))  # unwritten slots hold what an earlier request left: it must not matter
+    host_tier = None
+    if num_host_blocks:
+        host = HostBlocks(num_host_blocks, block_shape(config.text, tp.size, BLOCK_SIZE), torch.float32, on)
+        host_tier = KvHostTier(cache, host)
     slots = Slots(NUM_SLOTS, MAX_MODEL_LEN, BLOCK_SIZE)
-    runner = Runner(model, kv, slots, config.vision.spatial_merge_size, on, tp_size=tp.size)
+    merge_size = config.vision.spatial_merge_size
+    runner = Runner(model, by_layer(cache), slots, merge_size, on, tp_size=tp.size, host_tier=host_tier)
     if slab is not None:
         runner.attach((VIT, VIT_EPOCH), slab)
     return runner
