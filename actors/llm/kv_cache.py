@@ -101,8 +101,8 @@ def num_blocks_that_fit(
 def allocate(
     num_blocks: int, block_size: int, text: TextConfig, tp: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Zeros [2 * layers, num_blocks, block_size, num_kv_heads / tp, head_dim]: one tensor, so that a copy of blocks takes
-    all layers at once.
+    """Zeros [2 * layers, num_blocks, block_size, num_kv_heads / tp, head_dim]: one tensor, so that a copy of blocks
+    takes all layers at once.
 
     Raises: StartupError if a CPU does not have the memory, torch.OutOfMemoryError if a GPU does not.
     """

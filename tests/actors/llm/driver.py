@@ -20,6 +20,7 @@ from vlmrt.actors.models.qwen2_vl.language import LanguageModel
 from vlmrt.actors.models.rope_index import MediaSpan, rope_delta
 from vlmrt.runtime.messages import (
     ActorName,
+    BlockCopy,
     EmbedSlice,
     Epoch,
     HostSlabExport,
@@ -156,7 +157,12 @@ class Driver:
         self.free_blocks.extend(request.blocks[shared_blocks:])
         request.slot = -1
 
-    def plan(self, rows: Sequence[tuple[Request, int]]) -> StepPlan:
+    def plan(
+        self,
+        rows: Sequence[tuple[Request, int]],
+        saves: tuple[BlockCopy, ...] = (),
+        loads: tuple[BlockCopy, ...] = (),
+    ) -> StepPlan:
         """A step that runs so many tokens of each; decode rows must come first."""
         step_rows = []
         for request, num_tokens in rows:
@@ -170,7 +176,7 @@ class Driver:
             step_rows.append(StepRow(request.slot, start, num_tokens, tuple(new_blocks), sample, embeds))
             request.num_computed = stop
             request.num_planned += sample
-        plan = StepPlan(self.step, tuple(self.to_release), tuple(self.to_admit), tuple(step_rows))
+        plan = StepPlan(self.step, tuple(self.to_release), tuple(self.to_admit), tuple(step_rows), saves, loads)
         self.step += 1
         self.to_release, self.to_admit = [], []
         return plan
@@ -183,8 +189,13 @@ class Driver:
         for request, token_id in zip(sampling, result.token_ids, strict=True):
             request.token_ids.append(token_id)
 
-    def run(self, rows: Sequence[tuple[Request, int]]) -> StepResult:
-        plan = self.plan(rows)
+    def run(
+        self,
+        rows: Sequence[tuple[Request, int]],
+        saves: tuple[BlockCopy, ...] = (),
+        loads: tuple[BlockCopy, ...] = (),
+    ) -> StepResult:
+        plan = self.plan(rows, saves, loads)
         result = self.runner.complete(self.runner.launch(plan))
         self.take(rows, plan, result)
         return result
