@@ -114,6 +114,7 @@ class LaunchReport:
             f"  device     {self._place()}",
             f"  context    {model.max_model_len} tokens; KV cache {num_kv_tokens} tokens, "
             f"prefix caching {'on' if limits.prefix_caching else 'off'}",
+            *self._host_tiers(),
             f"  limits     {limits.max_num_seqs} running, {limits.max_waiting} waiting, "
             f"{server.limit_images} images per request, {server.max_body_mib} MiB per body",
             f"  sampling   {self._sampling()}",
@@ -122,9 +123,6 @@ class LaunchReport:
         ]
         if self._sharing:
             block.insert(block.index(f"  device     {self._place()}") + 1, f"  sharing    {self._sharing}")
-        if host_tiers := self._host_tiers():
-            context = next(place for place, line in enumerate(block) if line.startswith("  context "))
-            block.insert(context + 1, f"  host tier  {host_tiers}")
         if num_kv_tokens < model.max_model_len:
             block.append(
                 f"  note       the KV cache holds fewer tokens than the context: longer requests than {num_kv_tokens} "
@@ -137,15 +135,15 @@ class LaunchReport:
             )
         return [*block, "", "  Try it:", "", self._curl(url), ""]
 
-    def _host_tiers(self) -> str:
-        """What lies in host memory; empty if nothing does."""
+    def _host_tiers(self) -> list[str]:
+        """A line about what is kept in host memory; none if nothing is."""
         memory, tiers = self._config.memory, []
         if self._num_kv_host_blocks:
             num_tokens = self._num_kv_host_blocks * self._config.scheduling.block_size
             tiers.append(f"KV cache {num_tokens} tokens ({memory.kv_host_cache_gib:g} GiB per rank)")
         if memory.embedding_host_cache_gib:
             tiers.append(f"images {memory.embedding_host_cache_gib:g} GiB per ViT")
-        return ", ".join(tiers)
+        return [f"  host tier  {', '.join(tiers)}"] if tiers else []
 
     def _sampling(self) -> str:
         if self._config.model.generation_config == "none":

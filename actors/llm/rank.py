@@ -118,11 +118,12 @@ def load_rank(context: ActorContext) -> LoadedRank:
         )
         num_host_blocks = group.smallest(num_blocks_of_host(config, model_config.text, dtype))
         with ThreadPoolExecutor(1, "host memory") as beside:
-            host_blocks = beside.submit(_host_blocks, context, model_config, num_host_blocks, device, dtype)
+            pinning = beside.submit(_host_blocks, context, model_config, num_host_blocks, device, dtype)
             with room_for(WEIGHTS, device, {}):
                 model = family(model_config.model_type).load_language(
                     files, model_config, group.tp, device, dtype, partial(context.progress, "loading weights")
                 )
+            host_blocks = pinning.result()
     except CheckpointError as error:
         raise StartupError(str(error)) from None
     taken = {WEIGHTS: parameter_bytes(model)}
@@ -150,7 +151,7 @@ def load_rank(context: ActorContext) -> LoadedRank:
             cache = allocate(
                 num_blocks, config.scheduling.block_size, model_config.text, config.parallel.tp, dtype, device
             )
-            host_tier = KvHostTier(cache, host_blocks.result()) if num_host_blocks else None
+            host_tier = KvHostTier(cache, host_blocks) if num_host_blocks else None
         slots = Slots(config.scheduling.max_num_seqs, config.model.max_model_len, config.scheduling.block_size)
         threads = CpuThreads(model, config.parallel.llm_threads) if device.type == "cpu" else None
         merge_size = model_config.vision.spatial_merge_size

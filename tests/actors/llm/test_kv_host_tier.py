@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -198,6 +200,11 @@ def test_a_plan_may_save_a_block_and_load_it_elsewhere(one_checkpoint: Checkpoin
     one_checkpoint.reference.judge(inputs, first.output_ids)
 
 
+def noted(logits: Callable[[Tensor], Tensor], found: list[Tensor], hidden: Tensor) -> Tensor:
+    found.append(logits(hidden))
+    return found[-1]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_logits_over_a_loaded_prefix_are_those_over_the_computed_one(one_checkpoint: Checkpoint, device: str) -> None:
     logits = []
@@ -215,14 +222,8 @@ def test_logits_over_a_loaded_prefix_are_those_over_the_computed_one(one_checkpo
                 values.fill_(float("nan"))
             driver.run([], loads=copies)
         found: list[Tensor] = []
-        original = model.logits
-
-        def seen(hidden: Tensor, original=original, found=found) -> Tensor:  # type: ignore[no-untyped-def]
-            found.append(original(hidden))
-            return found[-1]
-
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(model, "logits", seen)
+            patch.setattr(model, "logits", partial(noted, model.logits, found))
             driver.prefill(request)
         logits.append(torch.cat(found).cpu())
     assert torch.equal(*logits)
