@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from vlmrt.actors.llm.kv_cache import KvCache, allocate
+from vlmrt.actors.llm.kv_cache import KvCache, allocate, by_layer
 from vlmrt.actors.llm.runner import PendingStep, Runner
 from vlmrt.actors.llm.slots import Slots
 from vlmrt.actors.llm.step_graphs import step_shapes
@@ -52,7 +52,7 @@ class Bench:
         self.model = LanguageModel(text, TensorParallel(), self.dtype, device)
         for parameter in self.model.parameters():
             parameter.normal_(0.0, STD) if parameter.dim() > 1 else parameter.fill_(1.0)
-        self.kv: KvCache = allocate(num_blocks, BLOCK_SIZE, text, 1, self.dtype, device)
+        self.kv: KvCache = by_layer(allocate(num_blocks, BLOCK_SIZE, text, 1, self.dtype, device))
         for keys, values in self.kv:
             keys.normal_()
             values.normal_()

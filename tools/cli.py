@@ -83,7 +83,21 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
     memory = parser.add_argument_group("memory")
     memory.add_argument("--kv-cache-gib", type=positive_float, metavar="GIB", help="per rank; default: what is free")
     memory.add_argument("--num-kv-blocks", type=positive_int, metavar="N", help="in place of --kv-cache-gib")
+    memory.add_argument(
+        "--kv-host-cache-gib",
+        type=non_negative_float,
+        default=0.0,
+        metavar="GIB",
+        help="of host memory per rank, for prefixes that the KV cache has no more room for; 0: none",
+    )
     memory.add_argument("--embedding-cache-gib", type=positive_float, metavar="GIB", help="per ViT")
+    memory.add_argument(
+        "--embedding-host-cache-gib",
+        type=non_negative_float,
+        metavar="GIB",
+        help="of host memory per ViT, for images that --embedding-cache-gib has no more room for; 0: none; "
+        "default: 2 on a GPU, else 0",
+    )
     memory.add_argument("--pixel-arena-mib", type=positive_int, default=256, metavar="MIB", help="per media worker")
     memory.add_argument("--gpu-memory-fraction", type=fraction, default=0.92, metavar="F")
     memory.add_argument("--no-prefix-caching", action="store_true", help="compute every prompt from its first token")

@@ -35,6 +35,7 @@ from vlmrt.runtime.config import (
 from vlmrt.runtime.errors import StartupError
 from vlmrt.runtime.supervisor import Supervisor
 from vlmrt.tools.devices import num_cuda_devices
+from vlmrt.tools.host_tiers import available_gib, check_host_tiers, embedding_host_cache_gib, kv_host_cache_gib
 from vlmrt.tools.launch_report import LaunchReport
 from vlmrt.tools.model_source import locate_model
 
@@ -110,6 +111,7 @@ def build_config(arguments: argparse.Namespace) -> tuple[Config, ModelConfig]:
         ),
         log_level=arguments.log_level,
     )
+    check_host_tiers(config, available_gib())
     return config, model
 
 
@@ -198,7 +200,9 @@ def memory_options(
     return MemoryOptions(
         kv_cache_gib=arguments.kv_cache_gib,
         num_kv_blocks=arguments.num_kv_blocks,
+        kv_host_cache_gib=kv_host_cache_gib(arguments),
         embedding_cache_gib=slab_gib,
+        embedding_host_cache_gib=embedding_host_cache_gib(arguments, device),
         pixel_arena_mib=arena_mib,
         gpu_memory_fraction=arguments.gpu_memory_fraction,
     )

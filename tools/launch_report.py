@@ -19,7 +19,7 @@ from vlmrt.tools import demo
 
 PICTURE = Path(__file__).parent / "red-circle.png"
 QUESTION = "What color is the circle?"
-LOADING_WEIGHTS = "loading weights"  # the stage that counts bytes
+BYTE_STAGES = ("loading weights", "pinning host memory")  # that count bytes
 MIB = 1 << 20
 
 
@@ -30,6 +30,7 @@ class LaunchReport:
         self._config = config
         self._model = model
         self._num_kv_blocks = 0
+        self._num_kv_host_blocks = 0
         self._sharing = ""
         self._was_ready = False
         self._began_s = time.monotonic()
@@ -43,7 +44,7 @@ class LaunchReport:
             self._bars.start()
 
     def progress(self, actor: ActorName, stage: str, done: int, total: int) -> None:
-        amount = f"{done / MIB:.1f}/{total / MIB:.1f} MiB" if stage == LOADING_WEIGHTS else f"{done}/{total}"
+        amount = f"{done / MIB:.1f}/{total / MIB:.1f} MiB" if stage in BYTE_STAGES else f"{done}/{total}"
         if self._bars is not None:
             key = (actor, stage)
             if key not in self._tasks:
@@ -55,6 +56,7 @@ class LaunchReport:
     def actor_up(self, actor: ActorName, epoch: Epoch, capabilities: Capabilities) -> None:
         if isinstance(capabilities, LlmReady):
             self._num_kv_blocks = capabilities.num_blocks
+            self._num_kv_host_blocks = capabilities.num_host_blocks
         self._line(f"  {actor} is up after {time.monotonic() - self._began_s:.1f} s")
 
     def actor_down(self, actor: ActorName, epoch: Epoch, reason: str) -> None:
@@ -112,6 +114,7 @@ class LaunchReport:
             f"  device     {self._place()}",
             f"  context    {model.max_model_len} tokens; KV cache {num_kv_tokens} tokens, "
             f"prefix caching {'on' if limits.prefix_caching else 'off'}",
+            *self._host_tiers(),
             f"  limits     {limits.max_num_seqs} running, {limits.max_waiting} waiting, "
             f"{server.limit_images} images per request, {server.max_body_mib} MiB per body",
             f"  sampling   {self._sampling()}",
@@ -131,6 +134,16 @@ class LaunchReport:
                 "pictures, and nothing else"
             )
         return [*block, "", "  Try it:", "", self._curl(url), ""]
+
+    def _host_tiers(self) -> list[str]:
+        """A line about what is kept in host memory; none if nothing is."""
+        memory, tiers = self._config.memory, []
+        if self._num_kv_host_blocks:
+            num_tokens = self._num_kv_host_blocks * self._config.scheduling.block_size
+            tiers.append(f"KV cache {num_tokens} tokens ({memory.kv_host_cache_gib:g} GiB per rank)")
+        if memory.embedding_host_cache_gib:
+            tiers.append(f"images {memory.embedding_host_cache_gib:g} GiB per ViT")
+        return [f"  host tier  {', '.join(tiers)}"] if tiers else []
 
     def _sampling(self) -> str:
         if self._config.model.generation_config == "none":

@@ -67,9 +67,9 @@ class LlmActor:
         self._thread = StepThread(partial(self._load, self._context), finished)
         self._thread.start()
         self._unsent = loop.create_future()
-        num_blocks = await asyncio.wrap_future(self._thread.ready)
+        ready = await asyncio.wrap_future(self._thread.ready)
         self._context.create_task(self._watch(self._thread, self._unsent), "step watch")
-        return LlmReady(num_blocks)
+        return ready
 
     async def peer_up(self, peer: PeerUp) -> None:
         if peer.actor == SCHEDULER:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from vlmrt.runtime.errors import StartupError
 GIB = 1 << 30
 MAX_DEFAULT_CPU_BYTES = GIB
 
-KvCache = list[tuple[Tensor, Tensor]]
+KvCache = list[tuple[Tensor, Tensor]]  # (keys, values) of each layer
 
 WEIGHTS = "the weights of the LLM"
 LARGEST_STEP = "the workspace of the largest step"
@@ -44,9 +45,14 @@ def room_for(what: str, device: torch.device, taken: Mapping[str, int]) -> Itera
         raise StartupError(out_of_memory_text(what, device, taken, TO_LOWER[what])) from None
 
 
+def block_shape(text: TextConfig, tp: int, block_size: int) -> tuple[int, int, int, int]:
+    """One block on one rank: keys and then values of each layer."""
+    return 2 * text.num_layers, block_size, text.num_kv_heads // tp, text.head_dim
+
+
 def block_bytes(text: TextConfig, tp: int, block_size: int, dtype: torch.dtype) -> int:
     """Bytes of one block on one rank: keys and values of all its layers."""
-    return 2 * text.num_layers * block_size * (text.num_kv_heads // tp) * text.head_dim * dtype.itemsize
+    return math.prod(block_shape(text, tp, block_size)) * dtype.itemsize
 
 
 def num_blocks_that_fit(
@@ -94,23 +100,31 @@ def num_blocks_that_fit(
 
 def allocate(
     num_blocks: int, block_size: int, text: TextConfig, tp: int, dtype: torch.dtype, device: torch.device
-) -> KvCache:
-    """(keys, values) of each layer, each zeros [num_blocks, block_size, num_kv_heads / tp, head_dim].
+) -> Tensor:
+    """Zeros [2 * layers, num_blocks, block_size, num_kv_heads / tp, head_dim]: one tensor, so that a copy of blocks
+    takes all layers at once.
 
-    On a CPU the pages are mapped when first written, so a large cache costs neither time nor memory at the start.
     Raises: StartupError if a CPU does not have the memory, torch.OutOfMemoryError if a GPU does not.
     """
-    shape = (num_blocks, block_size, text.num_kv_heads // tp, text.head_dim)
+    layers, *rest = block_shape(text, tp, block_size)
     try:
-        return [(_zeros(shape, dtype, device), _zeros(shape, dtype, device)) for _ in range(text.num_layers)]
+        return zeros((layers, num_blocks, *rest), dtype, device)
     except OSError as error:
         size = block_bytes(text, tp, block_size, dtype) * num_blocks
         raise StartupError(f"--kv-cache-gib: {size / GIB:.2f} GiB for the KV cache cannot be had: {error}") from None
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def by_layer(cache: Tensor) -> KvCache:
+    """Views of an allocated cache, each [num_blocks, block_size, num_kv_heads / tp, head_dim]."""
+    return list(zip(cache[0::2], cache[1::2], strict=True))
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On a CPU the pages are mapped when first written, so that much memory costs nothing at the start.
+
+    Raises: OSError if a CPU does not have the memory, torch.OutOfMemoryError if a GPU does not.
+    """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    num_bytes = torch.Size(shape).numel() * dtype.itemsize
-    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=dtype).view(shape)

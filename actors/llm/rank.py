@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,9 +18,13 @@ from vlmrt.actors.llm.kv_cache import (
     RECORDED_STEPS,
     WEIGHTS,
     allocate,
+    block_bytes,
+    block_shape,
+    by_layer,
     num_blocks_that_fit,
     room_for,
 )
+from vlmrt.actors.llm.kv_host_tier import HostBlocks, KvHostTier, num_blocks_of_host, staging_bytes
 from vlmrt.actors.llm.process_group import RankGroup, join_group
 from vlmrt.actors.llm.runner import PendingStep, Runner
 from vlmrt.actors.llm.slots import Slots
@@ -34,7 +39,9 @@ from vlmrt.runtime.actor import ActorContext
 from vlmrt.runtime.config import Config
 from vlmrt.runtime.errors import StartupError
 from vlmrt.runtime.messages import (
+    BlockCopy,
     DetachSlab,
+    LlmReady,
     NewSequence,
     RequestId,
     Sampling,
@@ -51,7 +58,7 @@ GRAPHS_PER_LARGEST = 1.5  # memory of all recorded steps against that of the lar
 class LoadedRank:
     """A rank ready to run: satisfies step_thread.Rank."""
 
-    num_blocks: int
+    ready: LlmReady
     group: RankGroup
     runner: Runner
 
@@ -109,10 +116,14 @@ def load_rank(context: ActorContext) -> LoadedRank:
             config.supervision.start_timeout_s,
             config.supervision.step_timeout_s,
         )
-        with room_for(WEIGHTS, device, {}):
-            model = family(model_config.model_type).load_language(
-                files, model_config, group.tp, device, dtype, partial(context.progress, "loading weights")
-            )
+        num_host_blocks = group.smallest(num_blocks_of_host(config, model_config.text, dtype))
+        with ThreadPoolExecutor(1, "host memory") as beside:
+            pinning = beside.submit(_host_blocks, context, model_config, num_host_blocks, device, dtype)
+            with room_for(WEIGHTS, device, {}):
+                model = family(model_config.model_type).load_language(
+                    files, model_config, group.tp, device, dtype, partial(context.progress, "loading weights")
+                )
+            host_blocks = pinning.result()
     except CheckpointError as error:
         raise StartupError(str(error)) from None
     taken = {WEIGHTS: parameter_bytes(model)}
@@ -121,10 +132,11 @@ def load_rank(context: ActorContext) -> LoadedRank:
     at_last_start = context.memory_turn()
     group.wait_for_all("loaded", config.supervision.start_timeout_s)
     with torch.inference_mode():
-        reserved_bytes = 0
+        size = block_bytes(model_config.text, config.parallel.tp, config.scheduling.block_size, dtype)
+        reserved_bytes = staging_bytes(size) if num_host_blocks else 0
         if device.type != "cpu" and at_last_start is None:
             with room_for(LARGEST_STEP, device, taken):
-                reserved_bytes = _workspace_bytes(config, model_config, model, device, dtype)
+                reserved_bytes += _workspace_bytes(config, model_config, model, device, dtype)
         fitting = num_blocks_that_fit(
             config,
             model_config.text,
@@ -136,19 +148,33 @@ def load_rank(context: ActorContext) -> LoadedRank:
         )
         num_blocks = group.smallest(fitting)
         with room_for(KV_CACHE, device, taken):
-            kv = allocate(
+            cache = allocate(
                 num_blocks, config.scheduling.block_size, model_config.text, config.parallel.tp, dtype, device
             )
+            host_tier = KvHostTier(cache, host_blocks) if num_host_blocks else None
         slots = Slots(config.scheduling.max_num_seqs, config.model.max_model_len, config.scheduling.block_size)
         threads = CpuThreads(model, config.parallel.llm_threads) if device.type == "cpu" else None
         merge_size = model_config.vision.spatial_merge_size
-        runner = Runner(model, kv, slots, merge_size, device, threads, config.parallel.tp)
+        runner = Runner(model, by_layer(cache), slots, merge_size, device, threads, config.parallel.tp, host_tier)
         if device.type != "cpu":
             context.progress("recording steps", 0, 1)
             with room_for(RECORDED_STEPS, device, taken):
                 runner.record(step_shapes(config.scheduling.max_num_seqs, config.scheduling.max_num_batched_tokens))
         _warm_up(runner, 1, CPU_WARM_UP_TOKENS, num_blocks, config)
-    return LoadedRank(num_blocks, group, runner)
+        if host_tier is not None:
+            there_and_back = (BlockCopy(0, 0),)
+            runner.complete(runner.launch(StepPlan(2, (), (), (), there_and_back, there_and_back)))
+    return LoadedRank(LlmReady(num_blocks, num_host_blocks, size), group, runner)
+
+
+def _host_blocks(
+    context: ActorContext, model_config: ModelConfig, num_blocks: int, device: torch.device, dtype: torch.dtype
+) -> HostBlocks:
+    """In a thread of its own while weights load: pinning takes seconds for some GiB."""
+    config = context.config
+    shape = block_shape(model_config.text, config.parallel.tp, config.scheduling.block_size)
+    progress = partial(context.progress, "pinning host memory") if device.type != "cpu" else None
+    return HostBlocks(num_blocks, shape, dtype, device, progress)
 
 
 def _workspace_bytes(
@@ -159,7 +185,7 @@ def _workspace_bytes(
     num_seqs = config.scheduling.max_num_seqs
     num_tokens = min(config.model.max_model_len, -(-config.scheduling.max_num_batched_tokens // num_seqs))
     num_blocks = num_tokens // block_size + 2
-    kv = allocate(num_blocks, block_size, model_config.text, config.parallel.tp, dtype, device)
+    kv = by_layer(allocate(num_blocks, block_size, model_config.text, config.parallel.tp, dtype, device))
     slots = Slots(num_seqs, config.model.max_model_len, block_size)
     runner = Runner(model, kv, slots, model_config.vision.spatial_merge_size, device)
     free, _ = torch.cuda.mem_get_info(device)

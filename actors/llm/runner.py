@@ -14,6 +14,7 @@ from torch import Tensor
 from vlmrt.actors.llm.batch import HostBatch, Ints, MergePart, build_batch, part_of
 from vlmrt.actors.llm.cpu_threads import CpuThreads
 from vlmrt.actors.llm.kv_cache import KvCache
+from vlmrt.actors.llm.kv_host_tier import KvHostTier
 from vlmrt.actors.llm.sampler import Sampler
 from vlmrt.actors.llm.slots import PlanError, Slots
 from vlmrt.actors.llm.step_graphs import StepGraphs, StepShape
@@ -54,8 +55,10 @@ class Runner:
         device: torch.device,
         cpu_threads: CpuThreads | None = None,
         tp_size: int = 1,
+        host_tier: KvHostTier | None = None,
     ) -> None:
         self._model = model
+        self._host_tier = host_tier
         self._tp_size = tp_size
         self._cpu_threads = cpu_threads
         self._kv = kv
@@ -86,7 +89,7 @@ class Runner:
             slab.close()
 
     def clear(self) -> None:
-        """Forget all sequences and slabs; weights and the memory of the KV cache stay."""
+        """Forget all sequences and slabs; weights and the memory of the KV cache, on the host too, stay."""
         self._slots.clear()
         self._lost.clear()
         for key in list(self._slabs):
@@ -95,9 +98,10 @@ class Runner:
     def launch(self, plan: StepPlan) -> PendingStep:
         """Queue a step on the device; on a CPU, run it.
 
+        Blocks are saved to host memory, then loaded from it, then rows run, if there are any.
         A step that finds no memory runs again in pieces; a sequence that finds none even alone is lost, the others go
         on.  Ranks of a group run each step together, so one of them cannot: there the error ends the rank.
-        Raises: PlanError if the plan contradicts the slots or names a slab that is not attached,
+        Raises: PlanError if the plan contradicts the slots, or names a slab or a block that this rank lacks,
         torch.OutOfMemoryError in a group of ranks.
         """
         started_s = time.perf_counter()
@@ -106,8 +110,9 @@ class Runner:
             self._cpu_threads.set_for(batch.num_tokens)
         self._lost.difference_update(plan.release)
         with torch.inference_mode():
+            self._copy_blocks(plan)
             self._admit([sequence.slot for sequence in plan.admit])
-            tokens, failed = self._run_what_can(batch)
+            tokens, failed = self._run_what_can(batch) if len(batch.slots) else ((), ())
             if failed:
                 batch = part_of(batch, ~np.isin(np.arange(len(batch.slots)), failed))
             done = None
@@ -131,6 +136,14 @@ class Runner:
         duration_s = completed_s - max(pending.started_s, self._completed_s)
         self._completed_s = completed_s
         return StepResult(pending.step, tuple(token_ids.tolist()), 1e3 * duration_s, pending.failed)
+
+    def _copy_blocks(self, plan: StepPlan) -> None:
+        if not plan.saves and not plan.loads:
+            return
+        if self._host_tier is None:
+            raise PlanError(f"step {plan.step} saves or loads blocks, and there is no host memory for them")
+        self._host_tier.save(plan.saves)
+        self._host_tier.load(plan.loads)
 
     def _admit(self, slots: Sequence[int]) -> None:
         """Let the sampler take in new sequences; one that finds no memory for its penalties is lost."""

@@ -12,7 +12,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar, assert_never
 import msgspec
 
 from vlmrt.actors.llm.process_group import LAST_STEP, step_key
-from vlmrt.runtime.messages import ActorName, DetachSlab, Epoch, StepPlan, StepResult
+from vlmrt.runtime.messages import ActorName, DetachSlab, Epoch, LlmReady, StepPlan, StepResult
 from vlmrt.runtime.slab import EmbeddingSlab
 
 Pending = TypeVar("Pending")
@@ -40,7 +40,7 @@ class Rank(Protocol[Pending]):
     """What the thread drives."""
 
     @property
-    def num_blocks(self) -> int: ...
+    def ready(self) -> LlmReady: ...
 
     def attach(self, opened: OpenedSlab) -> None: ...
 
@@ -70,7 +70,7 @@ class StepThread(Generic[Pending]):
     """
 
     def __init__(self, load: Callable[[], Rank[Pending]], finished: Finished) -> None:
-        self.ready: Future[int] = Future()  # the rank's num_blocks
+        self.ready: Future[LlmReady] = Future()
         self.failure: Future[None] = Future()
         self.oldest_epoch = Epoch(0)  # plans of earlier schedulers are dropped
         self._load = load
@@ -103,7 +103,7 @@ class StepThread(Generic[Pending]):
         except BaseException as error:
             self.ready.set_exception(error)
             return
-        self.ready.set_result(rank.num_blocks)
+        self.ready.set_result(rank.ready)
         try:
             self._work(rank)
             rank.close()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.kernels.exactness import DTYPES, assert_as_exact_as_eager, normal
+from vlmrt.kernels.block_copies import gather_blocks, scatter_blocks
 from vlmrt.kernels.embed_merge import embed_merge, embed_merge_reference
 from vlmrt.kernels.layer_norm import layer_norm, layer_norm_reference
 from vlmrt.kernels.quick_gelu import quick_gelu, quick_gelu_reference
@@ -110,6 +111,24 @@ def test_mrope_tables_turn_each_pair_with_its_own_position() -> None:
     angles = torch.tensor([[0.0, 0.5, 0.5], [3.0, 1.5, 0.75], [70.0, 1.0, 225.0]])
     assert torch.equal(cos, angles.cos().repeat(1, 2))
     assert torch.equal(sin, torch.cat((-angles.sin(), angles.sin()), dim=1))
+
+
+def test_blocks_are_gathered_from_all_layers_and_put_back_elsewhere() -> None:
+    cache = normal(6, 5, 4, 2, 8)
+    before, blocks = cache.clone(), torch.zeros(2, 6, 4, 2, 8)
+    gather_blocks(cache, torch.tensor([3, 0]), blocks)
+    assert torch.equal(blocks[0], before[:, 3])
+    assert torch.equal(blocks[1], before[:, 0])
+    scatter_blocks(blocks, torch.tensor([0, 4]), cache)
+    assert torch.equal(cache[:, [0, 1, 2, 3, 4]], before[:, [3, 1, 2, 3, 0]])
+
+
+def test_blocks_of_another_shape_are_refused() -> None:
+    cache, block_ids = torch.zeros(6, 5, 4, 2, 8), torch.tensor([3, 0])
+    with pytest.raises(ValueError, match=r"expected \[2, 6, 4, 2, 8\]"):
+        gather_blocks(cache, block_ids, torch.zeros(3, 6, 4, 2, 8))
+    with pytest.raises(ValueError, match=r"expected \[2, 6, 4, 2, 8\]"):
+        scatter_blocks(torch.zeros(2, 5, 4, 2, 8), block_ids, cache)
 
 
 def test_embed_merge_overwrites_placeholders_in_place() -> None:

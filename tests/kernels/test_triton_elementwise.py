@@ -1,4 +1,4 @@
-"""The Triton forms of norms, gates, rotations, merges and patches against float64."""
+"""The Triton forms of norms, gates, rotations, merges, copies and patches against float64."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from tests.kernels.exactness import assert_as_exact_as_eager, normal
 from tests.kernels.places import PLACES
 from tests.kernels.test_patchify import PROCESSING
+from vlmrt.kernels.block_copies import gather_blocks_reference
 from vlmrt.kernels.embed_merge import embed_merge_reference
 from vlmrt.kernels.layer_norm import layer_norm_reference
 from vlmrt.kernels.patchify import normalised_values, patchify_reference
@@ -19,6 +20,7 @@ from vlmrt.kernels.rms_norm import add_rms_norm_reference, rms_norm_reference
 from vlmrt.kernels.rope_and_cache import rope_and_cache_reference
 from vlmrt.kernels.rotary import mrope_tables_reference, rotary_tables, rotate_reference
 from vlmrt.kernels.silu_and_mul import silu_and_mul_reference
+from vlmrt.kernels.triton.block_copies import gather_blocks_triton, scatter_blocks_triton
 from vlmrt.kernels.triton.embed_merge import embed_merge_triton
 from vlmrt.kernels.triton.layer_norm import layer_norm_triton
 from vlmrt.kernels.triton.patchify import patchify_triton
@@ -209,6 +211,27 @@ def test_embed_merge_casts_rows_and_overwrites_their_places_only(device: str, dt
         expected = embed_merge_reference(hidden, rows, positions)
         embed_merge_triton(hidden, rows, positions)
         assert torch.equal(hidden, expected)
+
+
+@pytest.mark.parametrize(("device", "dtype"), PLACES)
+@pytest.mark.parametrize("shape", [(4, 6, 4, 2, 8), (6, 5, 16, 3, 100), (2, 9, 1, 1, 3)])
+def test_blocks_are_gathered_from_all_layers_and_scattered_to_their_places_only(
+    shape: tuple[int, ...], device: str, dtype: torch.dtype
+) -> None:
+    layers, num_blocks, *rest = shape
+    cache, fresh = (normal(*shape, dtype=dtype, seed=seed).to(device) for seed in (0, 1))
+    cache[0, 0] = float("nan")
+    for ids in ([4, 0, 2], [1], []):
+        block_ids = torch.tensor(ids, dtype=torch.int64, device=device)
+        expected = gather_blocks_reference(cache, block_ids)
+        blocks = torch.zeros(len(ids), layers, *rest, dtype=dtype, device=device)
+        gather_blocks_triton(cache, block_ids, blocks)
+        assert torch.equal(blocks.nan_to_num(7.0), expected.nan_to_num(7.0))
+        target = fresh.clone()
+        scatter_blocks_triton(blocks, block_ids, target)
+        others = [block_id for block_id in range(num_blocks) if block_id not in ids]
+        assert torch.equal(target[:, others], fresh[:, others])
+        assert torch.equal(gather_blocks_reference(target, block_ids).nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
 @pytest.mark.parametrize(("device", "dtype"), PLACES)

@@ -10,7 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vlmrt.actors.llm.kv_cache import allocate
+from vlmrt.actors.llm.kv_cache import allocate, block_shape, by_layer
+from vlmrt.actors.llm.kv_host_tier import HostBlocks, KvHostTier
 from vlmrt.actors.llm.runner import PendingStep, Runner
 from vlmrt.actors.llm.slots import Slots
 from vlmrt.actors.models.config import ModelConfig
@@ -19,6 +20,7 @@ from vlmrt.actors.models.qwen2_vl.language import LanguageModel
 from vlmrt.actors.models.rope_index import MediaSpan, rope_delta
 from vlmrt.runtime.messages import (
     ActorName,
+    BlockCopy,
     EmbedSlice,
     Epoch,
     HostSlabExport,
@@ -155,7 +157,12 @@ class Driver:
         self.free_blocks.extend(request.blocks[shared_blocks:])
         request.slot = -1
 
-    def plan(self, rows: Sequence[tuple[Request, int]]) -> StepPlan:
+    def plan(
+        self,
+        rows: Sequence[tuple[Request, int]],
+        saves: tuple[BlockCopy, ...] = (),
+        loads: tuple[BlockCopy, ...] = (),
+    ) -> StepPlan:
         """A step that runs so many tokens of each; decode rows must come first."""
         step_rows = []
         for request, num_tokens in rows:
@@ -169,7 +176,7 @@ class Driver:
             step_rows.append(StepRow(request.slot, start, num_tokens, tuple(new_blocks), sample, embeds))
             request.num_computed = stop
             request.num_planned += sample
-        plan = StepPlan(self.step, tuple(self.to_release), tuple(self.to_admit), tuple(step_rows))
+        plan = StepPlan(self.step, tuple(self.to_release), tuple(self.to_admit), tuple(step_rows), saves, loads)
         self.step += 1
         self.to_release, self.to_admit = [], []
         return plan
@@ -182,8 +189,13 @@ class Driver:
         for request, token_id in zip(sampling, result.token_ids, strict=True):
             request.token_ids.append(token_id)
 
-    def run(self, rows: Sequence[tuple[Request, int]]) -> StepResult:
-        plan = self.plan(rows)
+    def run(
+        self,
+        rows: Sequence[tuple[Request, int]],
+        saves: tuple[BlockCopy, ...] = (),
+        loads: tuple[BlockCopy, ...] = (),
+    ) -> StepResult:
+        plan = self.plan(rows, saves, loads)
         result = self.runner.complete(self.runner.launch(plan))
         self.take(rows, plan, result)
         return result
@@ -212,15 +224,23 @@ class Driver:
 
 
 def make_runner(
-    model: LanguageModel, config: ModelConfig, tp: TensorParallel, slab: FakeSlab | None = None, device: str = "cpu"
+    model: LanguageModel,
+    config: ModelConfig,
+    tp: TensorParallel,
+    slab: FakeSlab | None = None,
+    device: str = "cpu",
+    num_host_blocks: int = 0,
 ) -> Runner:
     on = torch.device(device)
-    kv = allocate(NUM_BLOCKS, BLOCK_SIZE, config.text, tp.size, torch.float32, on)
-    for keys, values in kv:  # unwritten slots hold what an earlier request left: it must not matter
-        keys.fill_(float("nan"))
-        values.fill_(float("nan"))
+    cache = allocate(NUM_BLOCKS, BLOCK_SIZE, config.text, tp.size, torch.float32, on)
+    cache.fill_(float("nan"))  # unwritten slots hold what an earlier request left: it must not matter
+    host_tier = None
+    if num_host_blocks:
+        host = HostBlocks(num_host_blocks, block_shape(config.text, tp.size, BLOCK_SIZE), torch.float32, on)
+        host_tier = KvHostTier(cache, host)
     slots = Slots(NUM_SLOTS, MAX_MODEL_LEN, BLOCK_SIZE)
-    runner = Runner(model, kv, slots, config.vision.spatial_merge_size, on, tp_size=tp.size)
+    merge_size = config.vision.spatial_merge_size
+    runner = Runner(model, by_layer(cache), slots, merge_size, on, tp_size=tp.size, host_tier=host_tier)
     if slab is not None:
         runner.attach((VIT, VIT_EPOCH), slab)
     return runner

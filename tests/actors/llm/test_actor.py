@@ -14,6 +14,7 @@ import torch
 from tests.actors.llm.conftest import Checkpoint
 from tests.support import FakeContext, make_config, peer_down, peer_up
 from vlmrt.actors.llm.actor import LlmActor, StepStuck
+from vlmrt.actors.llm.kv_cache import block_bytes
 from vlmrt.actors.llm.step_thread import OpenedSlab, Rank
 from vlmrt.runtime.actor import ActorContext
 from vlmrt.runtime.config import MemoryOptions, SchedulingOptions, SupervisionOptions
@@ -43,7 +44,7 @@ class FakeRank:
     """Notes what it is made to do; a step waits while `open` is cleared."""
 
     def __init__(self) -> None:
-        self.num_blocks = 7
+        self.ready = LlmReady(7, 5, 1024)
         self.log: list[str] = []
         self.open = threading.Event()
         self.open.set()
@@ -104,7 +105,7 @@ async def test_work_is_done_in_order_and_rank_0_answers(tmp_path: Path) -> None:
     rank = FakeRank()
     async with FakeContext("llm:0", tmp_path) as context:
         actor = make_actor(context, rank)
-        assert await actor.start() == LlmReady(7)
+        assert await actor.start() == LlmReady(7, 5, 1024)
         await actor.peer_up(UP)
         for message in (
             attach_slab(context),
@@ -239,7 +240,8 @@ async def test_a_real_rank_loads_attaches_a_slab_and_answers(one_checkpoint: Che
     width = one_checkpoint.config.text.hidden_size
     async with FakeContext("llm:0", tmp_path, config) as context:
         actor = LlmActor(cast(ActorContext, context))
-        assert await actor.start() == LlmReady(40)
+        size = block_bytes(one_checkpoint.config.text, 1, 4, torch.float32)
+        assert await actor.start() == LlmReady(40, 0, size)
         stage, done, total = context.stages[-1]
         assert stage == "loading weights"
         assert done == total > 0

@@ -64,7 +64,11 @@ def test_steps_launched_ahead_give_the_reference_s_tokens(
         checkpoint.reference.judge(inputs, request.output_ids)
 
 
-@pytest.mark.parametrize("memory", [MemoryOptions(kv_cache_gib=0.5), MemoryOptions(gpu_memory_fraction=0.2)])
+@pytest.mark.parametrize(
+    "memory",
+    [MemoryOptions(kv_cache_gib=0.5), MemoryOptions(gpu_memory_fraction=0.2, kv_host_cache_gib=1.25)],
+    ids=["a size", "what is free, with a host tier"],
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 async def test_a_rank_starts_and_answers(
     one_checkpoint: Checkpoint, tmp_path: Path, memory: MemoryOptions, dtype: str
@@ -79,6 +83,8 @@ async def test_a_rank_starts_and_answers(
         actor = LlmActor(cast(ActorContext, context))
         ready = await actor.start()
         assert ready.num_blocks > 1000
+        assert ready.num_host_blocks == int(memory.kv_host_cache_gib * 2**30) // ready.block_bytes
+        assert (("pinning host memory", 0) in [stage[:2] for stage in context.stages]) == (ready.num_host_blocks > 0)
         await actor.peer_up(peer_up("scheduler:0", SchedulerReady()))
         for plan in plans(100, NUM_STEPS):
             await actor.handle(plan, ActorName("scheduler:0"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.support import make_config
-from vlmrt.actors.llm.kv_cache import allocate, block_bytes, num_blocks_that_fit
+from vlmrt.actors.llm.kv_cache import allocate, block_bytes, by_layer, num_blocks_that_fit
 from vlmrt.actors.models.config import TextConfig
 from vlmrt.runtime.config import Config, MemoryOptions, ModelOptions, ParallelOptions, SchedulingOptions
 from vlmrt.runtime.errors import StartupError
@@ -79,13 +79,16 @@ def test_room_for_less_than_a_block_is_refused() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_cache_is_zeros_of_its_own_for_every_layer(dtype: torch.dtype) -> None:
-    kv = allocate(3, 16, TEXT, 2, dtype, CPU)
+    cache = allocate(3, 16, TEXT, 2, dtype, CPU)
+    kv = by_layer(cache)
     assert len(kv) == 4
     for number, tensor in enumerate(tensor for pair in kv for tensor in pair):
         assert tensor.shape == (3, 16, 2, 32)
         assert tensor.dtype == dtype
+        assert tensor.is_contiguous()
         assert not tensor.any()
         tensor.fill_(number + 1)
+    assert cache[:, 1, 0, 0, 0].tolist() == list(range(1, 9))
 
 
 def test_a_size_beyond_the_machine_is_refused() -> None:

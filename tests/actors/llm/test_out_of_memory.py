@@ -21,7 +21,7 @@ from tests.actors.llm.driver import (
     Request,
     make_runner,
 )
-from vlmrt.actors.llm.kv_cache import KvCache, allocate
+from vlmrt.actors.llm.kv_cache import KvCache, allocate, by_layer
 from vlmrt.actors.llm.runner import Runner
 from vlmrt.actors.llm.sampler import Sampler
 from vlmrt.actors.llm.slots import Slots
@@ -174,7 +174,7 @@ def test_a_sequence_whose_penalties_find_no_room_is_lost_alone(
 
 def test_a_rank_of_a_group_cannot_go_on_alone(one_checkpoint: Checkpoint) -> None:
     model: Any = Cramped(one_checkpoint.model)
-    kv = allocate(NUM_BLOCKS, BLOCK_SIZE, one_checkpoint.config.text, 1, torch.float32, torch.device("cpu"))
+    kv = by_layer(allocate(NUM_BLOCKS, BLOCK_SIZE, one_checkpoint.config.text, 1, torch.float32, torch.device("cpu")))
     driver = Driver(Runner(model, kv, Slots(NUM_SLOTS, MAX_MODEL_LEN, BLOCK_SIZE), 2, torch.device("cpu"), tp_size=2))
     request, _ = one_checkpoint.prompt(160, 9)
     driver.admit(request)

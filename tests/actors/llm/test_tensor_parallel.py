@@ -42,7 +42,12 @@ async def test_two_ranks_give_the_tokens_of_one_also_after_a_scheduler_died_in_m
     for rank, (_, err) in zip(ranks, told, strict=True):
         assert rank.returncode == 0, err.decode()
     outputs = [json.loads(out) for out, _ in told]
-    assert len(alone) == 2 * rank_process.NUM_STEPS
+    *steps, saved, loaded, first, second, third, fourth = alone
+    assert len(steps) == 2 * rank_process.NUM_STEPS
+    assert (saved, loaded) == ((), ())
+    prefilled, *decoded = steps[rank_process.NUM_STEPS + 1 :]
+    of_slot_0 = [prefilled[1], *[tokens[0] for tokens in decoded]]
+    assert [*first, *second, *third, *fourth] == of_slot_0[:4]  # the same prompt over blocks that were loaded
     assert [tuple(step) for step in outputs[0]] == alone
     assert outputs[1] == []
 
