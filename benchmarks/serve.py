@@ -164,7 +164,8 @@ def run_workload(
     caches = None
     if trace is not None and workload.shows_caches:
         caches = caches_between(trace.before, trace.after, len(pictures_of(load)))
-        figures = {**figures, **caches.figures} if figures else {}
+        if not replies.errors:  # else not every picture may have been sent
+            figures |= caches.figures
     results.add(workload.name, figures, errors, lines, caches)
 
 
