@@ -1,7 +1,7 @@
 """The load: requests sent by processes of their own, and the time at which each token came back.
 
-Bodies are built before the clock starts; the answers are counted, not parsed. time.monotonic is one clock for all
-processes of a machine.
+Pictures are drawn and encoded before the clock starts; answers are counted while they come, and parsed only where a
+next turn repeats them, before it is sent. time.monotonic is one clock for all processes of a machine.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import gc
 import multiprocessing
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -22,23 +22,14 @@ import aiohttp
 import msgspec
 import uvloop
 
-from benchmarks.images import Picture, data_url
+from benchmarks.asks import Ask, Dialogue, drawn
+from benchmarks.images import Picture
 
 CONNECT_S = 0.5  # for all clients to open their connections before the clock starts
 JSON = {"Content-Type": "application/json"}
 COUNT = re.compile(rb'"completion_tokens":\s*(\d+)')
 ERROR = re.compile(rb'^data: (\{"error".*)', re.MULTILINE)
 MAX_SHOWN_BYTES = 300
-
-
-class Ask(NamedTuple):
-    """One request: pictures, a text, and how many tokens the answer has."""
-
-    text: str
-    num_tokens: int | None  # None: as many as the context holds
-    pictures: tuple[Picture, ...] = ()
-    at_s: float = 0.0  # not sent earlier than this after the start
-
 
 Client = tuple[Ask, ...]  # sends one request after the other
 
@@ -58,6 +49,7 @@ class Reply(NamedTuple):
     times_s: tuple[float, ...] = ()
     num_tokens: tuple[int, ...] = ()
     error: str | None = None
+    turn: int = 1  # of the ask
 
 
 class Replies(NamedTuple):
@@ -71,28 +63,11 @@ class Replies(NamedTuple):
         return [reply.error for reply in (*self.clients, *self.streams) if reply.error is not None]
 
 
-def body_of(ask: Ask) -> bytes:
-    """Counts come with every chunk: a token may have no text of its own, and several may share a chunk."""
-    parts: list[dict[str, object]] = [
-        {"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in ask.pictures
-    ]
-    body: dict[str, object] = {
-        "model": "model",
-        "messages": [{"role": "user", "content": [*parts, {"type": "text", "text": ask.text}]}],
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-    }
-    if ask.num_tokens is not None:
-        body["max_tokens"] = ask.num_tokens
-    return msgspec.json.encode(body)
-
-
 class AnswerCount:
-    """Tokens in an answer's bytes so far, however they are cut into pieces."""
+    """Tokens in an answer's bytes so far, however they are cut into pieces, and the pieces."""
 
     def __init__(self) -> None:
+        self.pieces: list[bytes] = []
         self.num_tokens = 0
         self.error: str | None = None
         self.done = False
@@ -100,6 +75,7 @@ class AnswerCount:
 
     def push(self, piece: bytes) -> bool:
         """Whether the piece completed an event that brought tokens."""
+        self.pieces.append(piece)
         data = self._rest + piece
         end = data.rfind(b"\n\n") + 2 if b"\n\n" in data else 0
         self._rest = data[end:]
@@ -118,9 +94,17 @@ class AnswerCount:
 class Player:
     """The clients of one process, for one load."""
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, start_s: float, limit_s: float) -> None:
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        url: str,
+        parts: Mapping[Picture, msgspec.Raw],
+        start_s: float,
+        limit_s: float,
+    ) -> None:
         self._session = session
         self._url = url
+        self._parts = parts
         self._start_s = start_s
         self._limit_s = limit_s
 
@@ -134,15 +118,24 @@ class Player:
 
         await asyncio.gather(*(one() for _ in range(num_connections)))
 
-    async def client(self, asks: Client, bodies: Sequence[bytes], stop: asyncio.Event | None) -> list[Reply]:
+    async def client(self, asks: Client, stop: asyncio.Event | None) -> list[Reply]:
         replies = []
-        for ask, body in zip(asks, bodies, strict=True):
+        dialogue = Dialogue(self._parts)
+        answer = b""
+        for ask in asks:
             await asyncio.sleep(self._start_s + ask.at_s - time.monotonic())
-            replies.append(await self._send(ask, body, stop))
+            count = AnswerCount()
+            try:
+                body = dialogue.body(ask, answer)
+            except ValueError as wrong:
+                error = f"not sent after the turn before it: {wrong}"
+                replies.append(Reply(time.monotonic(), error=error, turn=ask.turn))
+            else:
+                replies.append(await self._send(ask, body, count, stop))
+            answer = b"".join(count.pieces)
         return replies
 
-    async def _send(self, ask: Ask, body: bytes, stop: asyncio.Event | None) -> Reply:
-        count = AnswerCount()
+    async def _send(self, ask: Ask, body: bytes, count: AnswerCount, stop: asyncio.Event | None) -> Reply:
         times: list[float] = []
         nums: list[int] = []
         error: str | None = None
@@ -152,7 +145,7 @@ class Player:
                 async with self._session.post(f"{self._url}/v1/chat/completions", data=body, headers=JSON) as answer:
                     if answer.status != 200:
                         text = (await answer.read())[:MAX_SHOWN_BYTES].decode(errors="replace")
-                        return Reply(sent_s, error=f"{answer.status}: {text}")
+                        return Reply(sent_s, error=f"{answer.status}: {text}", turn=ask.turn)
                     async for piece in answer.content.iter_any():
                         now_s = time.monotonic()
                         if count.push(piece):
@@ -160,13 +153,13 @@ class Player:
                             nums.append(count.num_tokens)
                         if stop is not None and stop.is_set():
                             answer.close()
-                            return Reply(sent_s, tuple(times), tuple(nums), count.error)
+                            return Reply(sent_s, tuple(times), tuple(nums), count.error, ask.turn)
             error = count.error or wrong_end(ask, count, stopped_by_parent=stop is not None)
         except TimeoutError:
             error = f"not done {self._limit_s:g} s after the start"
         except (aiohttp.ClientError, OSError) as lost:
             error = f"{type(lost).__name__}: {lost}"
-        return Reply(sent_s, tuple(times), tuple(nums), error)
+        return Reply(sent_s, tuple(times), tuple(nums), error, ask.turn)
 
 
 def wrong_end(ask: Ask, count: AnswerCount, *, stopped_by_parent: bool) -> str | None:
@@ -179,7 +172,7 @@ def wrong_end(ask: Ask, count: AnswerCount, *, stopped_by_parent: bool) -> str |
 
 
 async def play(
-    connection: Connection, url: str, clients: Sequence[Client], bodies: Sequence[Sequence[bytes]], load: Load
+    connection: Connection, url: str, clients: Sequence[Client], parts: Mapping[Picture, msgspec.Raw], load: Load
 ) -> list[list[Reply]]:
     """Open the connections, wait for the start time that the parent sends, play.
 
@@ -190,14 +183,12 @@ async def play(
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
     ) as session:
-        player = Player(session, url, start_s, load.limit_s)
+        player = Player(session, url, parts, start_s, load.limit_s)
         await player.connect(len(clients))
         async with asyncio.TaskGroup() as group:
             if stop is not None:
                 group.create_task(hear(connection, stop))
-            tasks = [
-                group.create_task(player.client(asks, ready, stop)) for asks, ready in zip(clients, bodies, strict=True)
-            ]
+            tasks = [group.create_task(player.client(asks, stop)) for asks in clients]
     return [task.result() for task in tasks]
 
 
@@ -212,9 +203,9 @@ def run_worker(connection: Connection, url: str) -> None:
     gc.disable()  # a pause here would look like one of the server
     while (load := connection.recv()) is not None:
         clients: Sequence[Client] = load.clients or [(ask,) for ask in load.streams]
-        bodies = [[body_of(ask) for ask in asks] for asks in clients]
+        parts = drawn(ask for asks in clients for ask in asks)
         connection.send("ready")
-        connection.send(uvloop.run(play(connection, url, clients, bodies, load)))
+        connection.send(uvloop.run(play(connection, url, clients, parts, load)))
         gc.collect()
 
 
@@ -254,7 +245,7 @@ class ClientPool:
             connection.close()
 
     def play(self, load: Load) -> Replies:
-        """Build the bodies, start all clients at one time, wait for them."""
+        """Draw the pictures, start all clients at one time, wait for them."""
         for_streams, for_clients = self._shares(load)
         parts = [(connection, Load(clients, (), load.limit_s)) for connection, clients in for_clients]
         stream_parts = [(connection, Load((), asks, load.limit_s)) for connection, asks in for_streams]

@@ -79,6 +79,17 @@ def ttft_figures(replies: Sequence[Reply]) -> Figures:
     return {"ttft_p50_ms": 1e3 * percentile(firsts, 50), "ttft_p99_ms": 1e3 * percentile(firsts, 99)}
 
 
+def turn_figures(replies: Sequence[Reply]) -> Figures:
+    """Of dialogues: first tokens of turn 1, and of the turns after it."""
+    first = first_token_times(reply for reply in replies if reply.turn == 1)
+    later = first_token_times(reply for reply in replies if reply.turn > 1)
+    return {
+        "ttft_first_p50_ms": 1e3 * percentile(first, 50),
+        "ttft_later_p50_ms": 1e3 * percentile(later, 50),
+        "ttft_later_p99_ms": 1e3 * percentile(later, 99),
+    }
+
+
 def stall_figures(streams: Sequence[Reply], images: Sequence[Reply]) -> Figures:
     """What the text streams feel from the first image's arrival to the last image's first token.
 

@@ -28,13 +28,14 @@ from pathlib import Path
 from typing import Any
 
 import vlmrt
+from benchmarks.caches import Caches, caches_between
 from benchmarks.client import ClientPool, Replies
 from benchmarks.figures import Figures, span_s
 from benchmarks.published import PEER
 from benchmarks.server import Running, make_checkpoint, serving, stages, warm_file_cache
 from benchmarks.table import medians, table
 from benchmarks.trace import Trace
-from benchmarks.workloads import NAMES, START, WORKLOADS, Scale, Workload, figures_of
+from benchmarks.workloads import NAMES, START, WORKLOADS, Scale, Workload, figures_of, pictures_of
 from vlmrt.tools import demo
 from vlmrt.tools.devices import num_cuda_devices
 
@@ -111,15 +112,25 @@ class Results:
         self.runs: dict[str, list[Figures]] = {}
         self.errors: dict[str, list[str]] = {}
         self.traces: dict[str, list[str]] = {}
+        self.caches: dict[str, list[Caches]] = {}
         self.server_options: list[str] = []
 
-    def add(self, name: str, figures: Figures, errors: Sequence[str] = (), trace: Sequence[str] = ()) -> None:
+    def add(
+        self,
+        name: str,
+        figures: Figures,
+        errors: Sequence[str] = (),
+        trace: Sequence[str] = (),
+        caches: Caches | None = None,
+    ) -> None:
         self.runs.setdefault(name, []).append(figures)
         self.errors.setdefault(name, []).extend(errors)
         self.traces.setdefault(name, []).extend(trace)
         shown = ", ".join(f"{figure} {value:.4g}" for figure, value in figures.items()) or "nothing was answered"
         print(f"{name}: {shown}", flush=True)
-        for line in trace:
+        if caches is not None:
+            self.caches.setdefault(name, []).append(caches)
+        for line in (*(caches.lines if caches is not None else ()), *trace):
             print(line)
         if errors:
             print(f"{name}: {len(errors)} requests FAILED: {'; '.join(errors[:SHOWN_ERRORS])}", flush=True)
@@ -143,11 +154,19 @@ def run_workload(
     scale = Scale(arguments.scale)
     limit_s = arguments.limit_s
     warm_up = pool.play(workload.warm_up(scale, seed + WARM_UP_SEED)._replace(limit_s=limit_s))
-    with Trace(url) if arguments.trace else nullcontext() as trace:
-        replies = pool.play(workload.load(scale, seed)._replace(limit_s=limit_s))
-    lines = trace.lines(busy_s(replies)) if trace is not None else ()
+    load = workload.load(scale, seed)._replace(limit_s=limit_s)
+    traced = arguments.trace or workload.shows_caches
+    with Trace(url, sampled=arguments.trace) if traced else nullcontext() as trace:
+        replies = pool.play(load)
+    lines = trace.lines(busy_s(replies)) if trace is not None and arguments.trace else ()
     errors = [*(f"in the warm-up: {error}" for error in warm_up.errors), *replies.errors]
-    results.add(workload.name, figures_of(workload, replies), errors, lines)
+    figures = figures_of(workload, replies)
+    caches = None
+    if trace is not None and workload.shows_caches:
+        caches = caches_between(trace.before, trace.after, len(pictures_of(load)))
+        if not replies.errors:  # else not every picture may have been sent
+            figures |= caches.figures
+    results.add(workload.name, figures, errors, lines, caches)
 
 
 def busy_s(replies: Replies) -> float:
@@ -197,6 +216,7 @@ def as_json(arguments: argparse.Namespace, seed: int, results: Results) -> dict[
         "median": results.medians,
         "runs": results.runs,
         "errors": results.errors,
+        "caches": {name: [run._asdict() for run in runs] for name, runs in results.caches.items()},
         "traces": results.traces,
     }
 

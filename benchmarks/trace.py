@@ -86,29 +86,35 @@ def read(url: str) -> Scrape:
 
 
 class Trace:
-    """Reads the server's metrics around a workload: `with Trace(url) as trace: ...`, then trace.lines()."""
+    """Reads the server's metrics around a workload: `with Trace(url) as trace: ...`.
 
-    def __init__(self, url: str) -> None:
+    Gauges are read within it as well if `sampled`, which the edge feels.
+    """
+
+    def __init__(self, url: str, *, sampled: bool = True) -> None:
         self._url = url
-        self._before = self._after = Scrape({}, {}, {})
+        self._sampled = sampled
+        self.before = self.after = Scrape({}, {}, {})
         self._peaks: dict[Key, float] = {}
         self._ended = threading.Event()
         self._sampler = threading.Thread(target=self._sample, name="trace")
 
     def __enter__(self) -> Trace:
         time.sleep(SETTLE_S)
-        self._before = read(self._url)
-        self._sampler.start()
+        self.before = read(self._url)
+        if self._sampled:
+            self._sampler.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._ended.set()
-        self._sampler.join()
+        if self._sampled:
+            self._sampler.join()
         if error is None:
             time.sleep(SETTLE_S)
-            self._after = read(self._url)
+            self.after = read(self._url)
 
     def _sample(self) -> None:
         while not self._ended.wait(SAMPLE_S):
@@ -119,7 +125,7 @@ class Trace:
 
     def lines(self, wall_s: float) -> list[str]:
         """wall_s: from the first request to the last token, without the preparation of the load."""
-        return trace_lines(self._before, self._after, self._peaks, wall_s)
+        return trace_lines(self.before, self.after, self._peaks, wall_s)
 
 
 def trace_lines(before: Scrape, after: Scrape, peaks: Mapping[Key, float], wall_s: float) -> list[str]:

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from benchmarks.client import Ask, Client, Load, Replies, Reply
-from benchmarks.figures import Figures, itl_figures, span_s, stall_figures, ttft_figures
+from benchmarks.asks import Ask
+from benchmarks.client import Client, Load, Replies, Reply
+from benchmarks.figures import Figures, itl_figures, span_s, stall_figures, ttft_figures, turn_figures
 from benchmarks.images import Picture
 
 VGA = (640, 480)
 LARGE = (1280, 960)
 TEXT = "Write a long story about a river, a town and the people who live there."
 QUESTION = "Compare these pictures and describe what you see in each of them."
+TURNS = (
+    "What is in this picture?",
+    "Which of its colours is the brightest, and where is it?",
+    "Tell me more about the shapes.",
+    "What could have happened just before?",
+    "Give the picture a title and say why.",
+)
 NUM_CLIENTS = 10
+WINDOW_PICTURES = 5
 BURST_PERIOD_S = 0.5
 QUIET_S = 1.5  # text streams alone, before the first image arrives
 
@@ -37,6 +47,7 @@ class Workload(NamedTuple):
     load: Callable[[Scale, int], Load]  # (scale, seed) -> what is measured
     warm_up: Callable[[Scale, int], Load]  # the same shapes, less of them
     figures: Callable[[Replies], Figures]
+    shows_caches: bool = False  # the report says what the server's caches did
 
 
 def picture(size: tuple[int, int], *seed: int | str) -> Picture:
@@ -46,7 +57,14 @@ def picture(size: tuple[int, int], *seed: int | str) -> Picture:
 
 def closed_loop(asks: Sequence[Ask], num_clients: int) -> Load:
     """Requests dealt to clients that send one after the other."""
-    clients: list[Client] = [tuple(asks[index::num_clients]) for index in range(num_clients)]
+    return dealt([(ask,) for ask in asks], num_clients)
+
+
+def dealt(dialogues: Sequence[Sequence[Ask]], num_clients: int) -> Load:
+    """Whole dialogues dealt to clients that go through them one after the other."""
+    clients: list[Client] = [
+        tuple(itertools.chain.from_iterable(dialogues[index::num_clients])) for index in range(num_clients)
+    ]
     return Load(tuple(client for client in clients if client))
 
 
@@ -97,6 +115,41 @@ def stall(name: str, num_bursts: int) -> Callable[[Scale, int], Load]:
     return load
 
 
+def dialogues(name: str, num_dialogues: int, num_tokens: int) -> Callable[[Scale, int], Load]:
+    """10 clients; a fresh picture in the first of 5 turns, and text alone in the others."""
+
+    def load(scale: Scale, seed: int) -> Load:
+        def dialogue(number: int) -> list[Ask]:
+            length = max(4, scale(num_tokens))
+            asks = [Ask(text, length, turn=turn) for turn, text in enumerate(TURNS, start=1)]
+            return [asks[0]._replace(pictures=(picture(VGA, seed, name, number),)), *asks[1:]]
+
+        return dealt([dialogue(number) for number in range(scale(num_dialogues))], NUM_CLIENTS)
+
+    return load
+
+
+def sliding_window(name: str, num_users: int, num_turns: int, num_tokens: int) -> Callable[[Scale, int], Load]:
+    """Users that each ask about their last 5 pictures, one of them fresh from the second time on."""
+
+    def load(scale: Scale, seed: int) -> Load:
+        def user(number: int) -> list[Ask]:
+            seen = [picture(VGA, seed, name, number, index) for index in range(WINDOW_PICTURES + num_turns - 1)]
+            length = max(4, scale(num_tokens))
+            return [Ask(QUESTION, length, tuple(seen[turn : turn + WINDOW_PICTURES])) for turn in range(num_turns)]
+
+        users = [user(number) for number in range(scale(num_users))]
+        return dealt(users, len(users))
+
+    return load
+
+
+def pictures_of(load: Load) -> set[Picture]:
+    """The distinct pictures that a load sends."""
+    asks = itertools.chain(load.streams, *load.clients)
+    return {picture for ask in asks for picture in ask.pictures}
+
+
 def _answered(replies: Sequence[Reply]) -> list[Reply]:
     return [reply for reply in replies if reply.error is None and reply.times_s]
 
@@ -110,6 +163,12 @@ def stream_rate(replies: Replies) -> Figures:
 def request_rate(replies: Replies) -> Figures:
     answered = _answered(replies.clients)
     return {"requests_per_s": len(answered) / span_s(answered), **itl_figures(answered), **ttft_figures(answered)}
+
+
+def dialogue_rate(replies: Replies) -> Figures:
+    answered = _answered(replies.clients)
+    rate = len(answered) / span_s(answered)
+    return {"requests_per_s": rate, **turn_figures(answered), **itl_figures(answered)}
 
 
 def image_rate(num_pictures: int) -> Callable[[Replies], Figures]:
@@ -168,6 +227,22 @@ WORKLOADS = (
         stall("stall", 4),
         stall("stall", 1),
         stalls,
+    ),
+    Workload(
+        "dialogue",
+        "20 dialogues of 5 turns, 10 at a time, a fresh 640x480 image in turn 1, 128 tokens out",
+        dialogues("dialogue", 20, 128),
+        dialogues("dialogue", 10, 16),
+        dialogue_rate,
+        shows_caches=True,
+    ),
+    Workload(
+        "sliding-window",
+        "30 users at once, 8 requests of 5 640x480 images each: one fresh, the oldest dropped; 64 tokens out",
+        sliding_window("window", 30, 8, 64),
+        sliding_window("window", 10, 2, 16),
+        request_rate,
+        shows_caches=True,
     ),
 )
 START = "start"  # the launch itself

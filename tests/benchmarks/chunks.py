@@ -21,7 +21,8 @@ async def stream_answer(response: web.StreamResponse, kind: str, num_tokens: int
     step = 2 if kind == "two by two" else 1
     last = num_tokens - 1 if kind == "too short" else num_tokens
     for count in range(step, last + 1, step):
-        await response.write(chunk("" if count % 3 == 0 else "word", count))
+        data = chunk("" if count % 3 == 0 else "word", count)
+        await response.write(data.replace(b'"delta"', b'"text"') if kind == "no text" else data)
         await asyncio.sleep(PAUSE_S)
     if kind == "error inside":
         await response.write(b'data: {"error":{"message":"the tower burnt down"}}\n\n')

@@ -6,19 +6,25 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 from aiohttp import web
 
-from benchmarks.client import AnswerCount, Ask, ClientPool, Load, body_of
+from benchmarks.asks import Ask, Dialogue, drawn, text_of
+from benchmarks.client import AnswerCount, ClientPool, Load
 from benchmarks.images import Picture, draw
 from benchmarks.server import free_port
 from tests.benchmarks.chunks import chunk, stream_answer
 
+Messages = list[dict[str, Any]]
 
-async def answer(request: web.Request) -> web.StreamResponse:
+
+async def answer(request: web.Request, heard: list[Messages]) -> web.StreamResponse:
     body = await request.json()
-    text = body["messages"][0]["content"][-1]["text"]
+    heard.append(body["messages"])
+    text = body["messages"][-1]["content"][-1]["text"]
     if text == "refuse":
         return web.json_response({"error": {"message": "no room"}}, status=429)
     response = web.StreamResponse()
@@ -30,7 +36,13 @@ async def answer(request: web.Request) -> web.StreamResponse:
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[ClientPool]:
+def heard() -> list[Messages]:
+    """The messages of every request that the server got."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def pool(heard: list[Messages]) -> Iterator[ClientPool]:
     """Two client processes and the server that they send to."""
     loop = asyncio.new_event_loop()
     ports: list[int] = []
@@ -41,7 +53,7 @@ def pool() -> Iterator[ClientPool]:
             return web.Response()
 
         app = web.Application()
-        app.add_routes([web.post("/v1/chat/completions", answer), web.get("/health", healthy)])
+        app.add_routes([web.post("/v1/chat/completions", partial(answer, heard=heard)), web.get("/health", healthy)])
         runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -74,6 +86,50 @@ def test_every_token_is_counted_also_without_text(pool: ClientPool) -> None:
     for reply in replies.clients:
         assert list(reply.times_s) == sorted(reply.times_s)
         assert reply.sent_s < reply.times_s[0]
+
+
+def test_a_turn_sends_the_turns_before_it_and_their_answers(pool: ClientPool, heard: list[Messages]) -> None:
+    heard.clear()
+    picture = Picture(64, 48, (1,))
+    first, second, third = Ask("one by one", 2, (picture,)), Ask("two by two", 8, turn=2), Ask("one by one", 4, turn=3)
+    replies = pool.play(Load(((first, second, third, first),)))
+    assert replies.errors == []
+    assert [reply.turn for reply in replies.clients] == [1, 2, 3, 1]
+    *turns, anew = heard
+    longest = turns[-1]
+    assert turns == [longest[:1], longest[:3], longest]
+    assert anew == longest[:1]
+    assert [message["role"] for message in longest] == ["user", "assistant", "user", "assistant", "user"]
+    assert [part["type"] for part in longest[0]["content"]] == ["image_url", "text"]
+    assert [longest[1]["content"], longest[3]["content"]] == ["wordword", "wordwordword"]  # 1 and 2; 2, 4, 6 and 8
+
+
+def test_an_answer_that_is_no_stream_of_chunks_fails_the_turn_after_it(pool: ClientPool) -> None:
+    replies = pool.play(Load(((Ask("no text", 2), Ask("one by one", 2, turn=2), Ask("one by one", 2)),)))
+    (error,) = replies.errors
+    assert error.startswith("not sent after the turn before it: the answer is no stream of chunks")
+    assert [reply.error for reply in replies.clients] == [None, error, None]
+
+
+def test_the_text_of_an_answer_is_that_of_its_chunks() -> None:
+    role = b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}]}\n\n'
+    empty = b'data: {"choices":[{"index":0,"delta":{"content":null}},{"index":1,"delta":{}}]}\n\n'
+    counts = b'data: {"choices":[],"usage":{"completion_tokens":3}}\n\n'
+    odd = 'a "quoted\\" \n\ndata: {} \ufffd\0 \N{GRINNING FACE}'
+    stream = role + chunk(odd, 1) + empty + chunk(" end", 2) + counts + b"data: [DONE]\n\n"
+    assert text_of(stream) == odd + " end"
+    assert text_of(b"") == ""
+    for wrong in (b'data: {"choices":[{"delta":{"content":"\xff"}}]}\n\n', b"data: {\n\n", b"data: []\n\n"):
+        with pytest.raises(ValueError, match="no stream of chunks"):
+            text_of(role + wrong)
+
+
+def test_a_body_is_valid_json_whatever_the_answer_was() -> None:
+    odd = '"]}\\ \u2028 \ufffd \0'
+    dialogue = Dialogue({})
+    dialogue.body(Ask("first", 2))
+    messages = json.loads(dialogue.body(Ask("second", 2, turn=2), chunk(odd, 1)))["messages"]
+    assert messages[1] == {"role": "assistant", "content": odd}
 
 
 def test_failures_are_errors_of_their_own_request_only(pool: ClientPool) -> None:
@@ -123,14 +179,15 @@ def test_counts_survive_any_cut_of_the_bytes() -> None:
 
 
 def test_a_body_holds_its_pictures_and_asks_for_counts() -> None:
-    body = json.loads(body_of(Ask("What is it?", 7, (Picture(64, 48, (1,)), Picture(64, 48, (2,))))))
+    ask = Ask("What is it?", 7, (Picture(64, 48, (1,)), Picture(64, 48, (2,))))
+    body = json.loads(Dialogue(drawn([ask])).body(ask))
     content = body["messages"][0]["content"]
     assert [part["type"] for part in content] == ["image_url", "image_url", "text"]
     assert content[0] != content[1]
     assert body["max_tokens"] == 7
     assert body["ignore_eos"] is True
     assert body["stream_options"]["continuous_usage_stats"] is True
-    assert "max_tokens" not in json.loads(body_of(Ask("Go on", None)))
+    assert "max_tokens" not in json.loads(Dialogue({}).body(Ask("Go on", None)))
 
 
 def test_pictures_have_the_size_of_photographs_and_are_the_same_every_time() -> None:

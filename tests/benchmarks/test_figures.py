@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 
-from benchmarks.client import Ask, Load, Replies, Reply
+from benchmarks.asks import Ask
+from benchmarks.caches import Caches, caches_between
+from benchmarks.client import Load, Replies, Reply
 from benchmarks.figures import (
     Window,
     first_token_times,
@@ -19,8 +22,8 @@ from benchmarks.figures import (
 )
 from benchmarks.published import AIMS, PEER_FIGURES, floors
 from benchmarks.table import gain, medians, reached, table
-from benchmarks.trace import Histogram, parse, request_lines, trace_lines
-from benchmarks.workloads import NAMES, WORKLOADS, Scale, Workload, closed_loop, figures_of
+from benchmarks.trace import Histogram, Scrape, parse, request_lines, trace_lines
+from benchmarks.workloads import NAMES, WORKLOADS, Scale, Workload, closed_loop, figures_of, pictures_of
 
 BY_NAME = {workload.name: workload for workload in WORKLOADS}
 
@@ -104,7 +107,7 @@ def test_no_picture_is_in_two_runs_or_in_the_warm_up(workload: Workload) -> None
     found = [set(pictures(load)) for load in loads]
     assert not found[0] & found[1]
     assert not found[0] & found[2]
-    if workload.name not in ("two-images-same", "text-stream"):
+    if workload.name not in ("two-images-same", "text-stream", "sliding-window"):
         assert len(found[0]) == len(pictures(loads[0]))
 
 
@@ -126,7 +129,26 @@ def test_the_workloads_have_the_counts_they_say() -> None:
         "burst": [100, 100, 100, 0],
         "eight-images": [25, 10, 200, 0],
         "stall": [32, 32, 32, 8],
+        "dialogue": [100, 10, 20, 0],
+        "sliding-window": [240, 30, 1200, 0],
     }
+
+
+def test_a_dialogue_has_one_picture_and_stays_with_one_client() -> None:
+    for asks in BY_NAME["dialogue"].load(Scale(), 0).clients:
+        assert [ask.turn for ask in asks] == [1, 2, 3, 4, 5] * 2
+        assert [len(ask.pictures) for ask in asks] == [1, 0, 0, 0, 0] * 2
+        assert {ask.num_tokens for ask in asks} == {128}
+
+
+def test_a_window_gains_one_picture_and_drops_the_oldest() -> None:
+    load = BY_NAME["sliding-window"].load(Scale(), 0)
+    assert len(pictures_of(load)) == 30 * (5 + 7)
+    for asks in load.clients:
+        assert {ask.turn for ask in asks} == {1}  # no history is sent
+        for before, after in itertools.pairwise(asks):
+            assert after.pictures[:-1] == before.pictures[1:]
+            assert after.pictures[-1] not in before.pictures
 
 
 def test_no_client_is_without_a_request() -> None:
@@ -159,6 +181,45 @@ def test_no_peer_and_no_aim_is_beyond_the_floor(preset: str) -> None:
             assert key[0] in NAMES
             if key in published:
                 assert gain(key[1], published[key], floor) < 1
+
+
+def test_turn_one_is_apart_from_the_turns_after_it() -> None:
+    answers = [reply(0.0, (1.0, 1), (2.0, 2))._replace(turn=1)]
+    answers += [reply(2.0, (2.0 + seconds, 1), (3.0, 2))._replace(turn=turn) for turn, seconds in ((2, 0.1), (5, 0.3))]
+    figures = figures_of(BY_NAME["dialogue"], Replies(answers, []))
+    assert figures["ttft_first_p50_ms"] == pytest.approx(1000)
+    assert figures["ttft_later_p50_ms"] == pytest.approx(200)
+    assert figures["requests_per_s"] == pytest.approx(1.0)
+
+
+def scrape(**counters: float) -> Scrape:
+    """Counters of which each is that of two actors."""
+    return Scrape({(actor, name): value / 2 for name, value in counters.items() for actor in ("a", "b")}, {}, {})
+
+
+def test_caches_are_what_moved_summed_over_actors_and_nothing_where_there_is_no_counter() -> None:
+    before = scrape(prefix_cache_queries=100, prefix_cache_hits=10, images_decoded=7)
+    after = scrape(
+        prefix_cache_queries=300,
+        prefix_cache_hits=110,
+        prefix_cache_host_hits=50,
+        embedding_cache_queries=8,
+        embedding_cache_hits=2,
+        images_decoded=13,
+        images_encoded=4,
+    )
+    caches = caches_between(before, after, 4)
+    assert caches == Caches(200, 100, 50, 0, 0, 8, 2, 0, 0, 0, 6, 4, num_pictures=4)
+    assert caches.figures == {"decodes_per_picture": 1.5, "encodes_per_picture": 1.0}
+    shown = "\n".join(caches.lines)
+    assert "50.0% of 200 tokens hit, 25.0% from host memory" in shown
+    assert "25.0% of 8 images hit, 0.0% from host memory" in shown
+
+
+def test_a_server_without_our_counters_has_no_figures_of_caches() -> None:
+    caches = caches_between(Scrape({}, {}, {}), Scrape({("", "vllm:prompt_tokens"): 9.0}, {}, {}), 4)
+    assert caches.figures == {}
+    assert "none of 0 images hit" in "\n".join(caches.lines)
 
 
 METRICS = """\

@@ -15,18 +15,24 @@ from vlmrt.tools.demo import CHECKPOINT as DEMO_CHECKPOINT
 def test_a_small_run_gives_a_table_and_json(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out, model = tmp_path / "figures.json", tmp_path / "model"
     options = ["--preset", "test-qwen2-vl", "--model-dir", str(model), "--device", "cpu", "--scale", "0.02"]
-    options += ["--workloads", "start,text-stream,burst", "--client-processes", "2", "--trace", "--seed", "5"]
+    options += ["--workloads", "start,text-stream,burst,dialogue", "--client-processes", "2", "--trace", "--seed", "5"]
     options += ["--server-args", "--kv-cache-gib 0.25 --max-model-len 2048", "--log", str(tmp_path / "log")]
     assert serve.main([*options, "--out", str(out)]) == 0
     found = json.loads(out.read_text())
-    assert set(found["median"]) == {"start", "text-stream", "burst"}
-    assert found["errors"] == {"start": [], "text-stream": [], "burst": []}
+    assert set(found["median"]) == {"start", "text-stream", "burst", "dialogue"}
+    assert found["errors"] == {"start": [], "text-stream": [], "burst": [], "dialogue": []}
     assert found["median"]["burst"]["images_per_s"] > 0
     assert all(math.isfinite(value) and value > 0 for figures in found["median"].values() for value in figures.values())
     assert found["server_options"][-2:] == ["--max-model-len", "2048"]
     assert any("images_encoded" in line and "+2" in line for line in found["traces"]["burst"])
+    assert found["median"]["dialogue"]["encodes_per_picture"] == 1
+    (caches,) = found["caches"]["dialogue"]
+    assert caches["num_pictures"] == 1
+    assert 0 < caches["prefix_hits"] < caches["prefix_queries"]
     assert any("step_seconds" in line for line in found["traces"]["text-stream"])
-    assert "| burst | images_per_s |" in capfd.readouterr().out
+    shown = capfd.readouterr().out
+    assert "| burst | images_per_s |" in shown
+    assert "  KV prefix: " in shown
     assert (model / "config.json").is_file()  # its place was given, so it stays
 
 
