@@ -16,6 +16,8 @@ NUM_WORLDS_SOAK = 2000
 any_sizes = st.builds(
     Sizes,
     num_blocks=st.sampled_from((12, 18, 24, 60)),
+    num_host_blocks=st.sampled_from((0, 1, 3, 8, 40)),
+    max_loads=st.sampled_from((1, 2, 64)),
     block_size=st.sampled_from((1, 3, 4)),
     num_pages=st.sampled_from((5, 7, 8, 16)),
     arena_bytes=st.sampled_from((6_000, 12_000, 30_000, 100_000)),
