@@ -104,8 +104,11 @@ def _row_order(pair: tuple[StepRow, PlannedRow]) -> int:
 
 def _take_new_blocks(request: Request) -> tuple[int, ...]:
     """The blocks that the ranks have to be told of with this row."""
-    num_sent_blocks, request.num_sent_blocks = request.num_sent_blocks, len(request.block_ids)
-    return tuple(request.block_ids[num_sent_blocks:])
+    first, last = request.num_sent_blocks, len(request.block_ids)
+    if first == last:
+        return ()
+    request.num_sent_blocks = last
+    return tuple(request.block_ids[first:])
 
 
 class Slots:

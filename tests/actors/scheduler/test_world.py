@@ -57,24 +57,21 @@ def test_every_request_of_thousands_of_services_ends_once_with_its_tokens(
 
 def test_caches_do_not_change_what_is_generated() -> None:
     sizes = Sizes(max_waiting=100, num_blocks=60)
-    worlds = [
-        run_world(
-            dataclasses.replace(sizes, prefix_caching=prefix, embedding_caching=embedding),
-            7,
-            60,
-            deaths=False,
-            aborts=False,
-        )
+    variants = [
+        dataclasses.replace(sizes, prefix_caching=prefix, embedding_caching=embedding)
         for prefix in (False, True)
         for embedding in (False, True)
     ]
+    with_host_memory = dataclasses.replace(sizes, num_blocks=24, num_host_blocks=200)
+    worlds = [run_world(sizes, 7, 60, deaths=False, aborts=False) for sizes in (with_host_memory, *variants)]
     ends = [{name: (c.token_ids, c.finish_reason, c.error) for name, c in w.clients.items()} for w in worlds]
-    assert ends[0] == ends[1] == ends[2] == ends[3]
+    assert all(end == ends[0] for end in ends)
     assert len(ends[0]) == 60
-    without, with_both = worlds[0], worlds[-1]
+    with_host, without, with_both = worlds[0], worlds[1], worlds[-1]
     assert num_encoded(with_both) < num_encoded(without)
     assert without.state.counters.prompt_tokens_cached == 0
     assert with_both.state.counters.prompt_tokens_cached > 100
+    assert with_host.state.counters.prompt_tokens_host_cached > 100
 
 
 def num_encoded(world: World) -> int:
@@ -82,8 +79,16 @@ def num_encoded(world: World) -> int:
 
 
 def test_the_random_services_do_what_they_are_meant_to_try() -> None:
-    """Preemptions, displaced rows, dropped pixels, discarded tokens, recoveries: all of them happen."""
-    tight = Sizes(num_blocks=18, num_pages=7, arena_bytes=12_000, max_num_batched_tokens=8, no_memory=0.01)
+    """Preemptions, displaced rows, dropped pixels, discarded tokens, recoveries, host memory: all of them happen."""
+    tight = Sizes(
+        num_blocks=18,
+        num_host_blocks=12,
+        max_loads=2,
+        num_pages=7,
+        arena_bytes=12_000,
+        max_num_batched_tokens=8,
+        no_memory=0.01,
+    )
     worlds = [run_world(tight, seed, 80) for seed in range(6)]
     assert any(client.error == "out_of_memory" for world in worlds for client in world.clients.values())
     for name in (
@@ -94,6 +99,9 @@ def test_the_random_services_do_what_they_are_meant_to_try() -> None:
         "unwanted_pixels",
         "embed_hits",
         "prompt_tokens_cached",
+        "prompt_tokens_host_cached",
+        "block_evictions",
+        "host_block_evictions",
         "requests_aborted",
         "requests_stopped",
         "requests_cut",
