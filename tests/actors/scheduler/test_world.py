@@ -45,6 +45,28 @@ def test_every_request_ends_once_with_the_tokens_it_would_have_got_alone(
     run_world(sizes, seed, 40, deaths=deaths, aborts=aborts)
 
 
+host_memory_sizes = st.builds(
+    Sizes,
+    num_blocks=st.sampled_from((20, 30, 40)),
+    num_host_blocks=st.sampled_from((6, 25, 200)),
+    max_loads=st.sampled_from((1, 2)),
+    block_size=st.sampled_from((1, 2)),
+    num_pages=st.sampled_from((8, 16)),
+    max_num_seqs=st.sampled_from((2, 4)),
+    max_num_batched_tokens=st.sampled_from((12, 40)),
+    max_model_len=st.just(40),
+    tp=st.sampled_from((1, 2)),
+)
+
+
+@settings(max_examples=NUM_WORLDS // 2, **unhurried)  # type: ignore[arg-type]
+@given(host_memory_sizes, seeds, st.booleans())
+def test_requests_that_mostly_load_from_host_memory_get_the_tokens_they_would_have_got_alone(
+    sizes: Sizes, seed: int, disturbed: bool
+) -> None:
+    run_world(sizes, seed, 60, deaths=disturbed, aborts=disturbed)
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 @settings(max_examples=NUM_WORLDS_SOAK, **unhurried)  # type: ignore[arg-type]
