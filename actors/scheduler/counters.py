@@ -17,7 +17,10 @@ class Counters:
     requests_aborted: int = 0
     steps: int = 0
     prompt_tokens: int = 0
-    prompt_tokens_cached: int = 0
+    prompt_tokens_cached: int = 0  # not computed at the first admission
+    prompt_tokens_host_cached: int = 0  # those of them that came from host memory
+    block_evictions: int = 0
+    host_block_evictions: int = 0
     output_tokens: int = 0
     discarded_tokens: int = 0  # of steps planned past an end, or before a preemption
     preemptions: int = 0

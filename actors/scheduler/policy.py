@@ -3,7 +3,9 @@
 A prefill runs as far as its embeddings have arrived, within max_num_batched_tokens and, beside decode rows, within what
 keeps the step short (pacing.py).  When KV blocks run out the
 youngest running request is preempted: its blocks are freed and it is computed again later.  A request that waits for
-media keeps its place only while nobody else could use it.  All of it is decided from books: no clock, no I/O.
+media keeps its place only while nobody else could use it.  Of a prompt whose beginning lies in host memory that part is
+loaded, a bounded number of blocks per step, before its first chunk runs.  All of it is decided from books: no clock, no
+I/O.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ from typing import NamedTuple
 from vlmrt.actors.scheduler.counters import Counters
 from vlmrt.actors.scheduler.embed_cache import EmbedCache, Entry
 from vlmrt.actors.scheduler.pacing import Pacing
-from vlmrt.actors.scheduler.prefix_cache import PrefixCache
+from vlmrt.actors.scheduler.prefix_cache import Match, PrefixCache
 from vlmrt.actors.scheduler.request import Request, Status
-from vlmrt.runtime.messages import EmbedSlice, NewSequence, StepPlan, StepRow
+from vlmrt.runtime.messages import BlockCopy, EmbedSlice, NewSequence, StepPlan, StepRow
 
+MAX_LOADS_PER_STEP = 64  # blocks; decode rows wait while they are copied
 MIN_TOKENS_BEFORE_MEDIA = 64  # of a row that ends there, since the rows of an image are not there yet
 
 _BY_KEY = attrgetter("key")
@@ -36,6 +39,7 @@ class Limits:
     max_num_batched_tokens: int
     max_model_len: int
     block_size: int
+    max_loads: int = MAX_LOADS_PER_STEP  # of a plan
 
 
 class PlannedRow(NamedTuple):
@@ -48,7 +52,19 @@ class PlannedRow(NamedTuple):
 
     @property
     def is_current(self) -> bool:
-        return self.request.status is Status.RUNNING and self.request.run == self.run
+        return self.request.is_in_run(self.run)
+
+
+class PlannedLoad(NamedTuple):
+    """Host blocks that a step in flight loads for a request, pinned until its end.  It counts as a row does."""
+
+    request: Request
+    run: int
+    host_block_ids: list[int]
+
+    @property
+    def is_current(self) -> bool:
+        return self.request.is_in_run(self.run)
 
 
 @dataclass(slots=True)
@@ -59,7 +75,9 @@ class Draft:
     admit: list[NewSequence] = field(default_factory=list)
     decodes: list[tuple[StepRow, PlannedRow]] = field(default_factory=list)
     prefills: list[tuple[StepRow, PlannedRow]] = field(default_factory=list)
-    planned: set[Request] = field(default_factory=set)  # those with a prefill row
+    copies: list[BlockCopy] = field(default_factory=list)  # from host memory, for the loads
+    loads: list[PlannedLoad] = field(default_factory=list)
+    planned: set[Request] = field(default_factory=set)  # those with a prefill row or a load
     entries: dict[int, Entry] = field(default_factory=dict)  # embeddings it reads, by id()
     has_preempted: bool = False
 
@@ -70,6 +88,7 @@ class Step:
 
     plan: StepPlan
     rows: list[PlannedRow]
+    loads: list[PlannedLoad]
     entries: list[Entry]
     num_decode_rows: int
     num_prefill_tokens: int
@@ -81,6 +100,15 @@ def _row_order(pair: tuple[StepRow, PlannedRow]) -> int:
     if row.num_tokens > 1:
         return 1
     return 0 if row.sample and not row.embeds else 2
+
+
+def _take_new_blocks(request: Request) -> tuple[int, ...]:
+    """The blocks that the ranks have to be told of with this row."""
+    first, last = request.num_sent_blocks, len(request.block_ids)
+    if first == last:
+        return ()
+    request.num_sent_blocks = last
+    return tuple(request.block_ids[first:])
 
 
 class Slots:
@@ -147,20 +175,22 @@ class Planner:
         self.running.remove(request)
         self.slots.give_back(request.slot)
         self.kv.release(request.block_ids)
+        self.kv.host.unpin(request.host_block_ids)
 
     def _wait_anew(self, request: Request) -> None:
         request.slot, request.block_ids, request.num_inserted_blocks = -1, [], 0
+        request.host_block_ids, request.num_sent_blocks, request.num_found_tokens = [], 0, 0
         request.num_computed_tokens = request.num_planned_tokens = request.num_pending_samples = 0
         request.num_consumed_items, request.awaits_media = 0, False
         self.enqueue(request)
         self.look_up(request)
 
-    def look_up(self, request: Request) -> list[int]:
-        """The known beginning of a waiting request, as blocks; media behind it become wanted, media within it not."""
+    def look_up(self, request: Request) -> Match:
+        """The known beginning of a waiting request; media behind it become wanted, media within it not."""
         block_size = self.limits.block_size
         known = self.kv.match(request.block_hashes, len(request.token_ids), block_size)
         if request.media:
-            self._want(request, len(known) * block_size)
+            self._want(request, known.num_blocks * block_size)
         return known
 
     # ------------------------------------------------------------ one plan
@@ -173,16 +203,24 @@ class Planner:
         if most is not None:
             draft.budget = min(draft.budget, most)
         self._plan_prefills(draft)
-        if not draft.decodes and not draft.prefills:
-            return None  # slots to release wait for a plan with rows
+        if not draft.decodes and not draft.prefills and not draft.loads:
+            return None  # slots to release wait for a plan to send
         release, self.slots.to_release = tuple(self.slots.to_release), []
         draft.prefills.sort(key=_row_order)
         pairs = draft.decodes + draft.prefills
-        plan = StepPlan(step, release, tuple(draft.admit), tuple([row for row, _ in pairs]))
+        plan = StepPlan(
+            step,
+            release,
+            tuple(draft.admit),
+            tuple([row for row, _ in pairs]),
+            self.kv.take_saves(),
+            tuple(draft.copies),
+        )
         num_prefill_tokens = sum(planned.num_tokens for _, planned in draft.prefills)
         rows = [planned for _, planned in pairs]
         self.pacing.planned(len(draft.decodes), num_prefill_tokens)
-        return Step(plan, rows, list(draft.entries.values()), len(draft.decodes), num_prefill_tokens)
+        entries = list(draft.entries.values())
+        return Step(plan, rows, draft.loads, entries, len(draft.decodes), num_prefill_tokens)
 
     def _plan_decodes(self, draft: Draft) -> None:
         block_size = self.limits.block_size
@@ -195,13 +233,12 @@ class Planner:
                 continue  # nothing to run, or a prefill
             if num_tokens - request.num_prompt_tokens >= request.max_tokens:
                 continue  # its last token is in flight
-            new_block_ids: tuple[int, ...] = ()
             if start == len(request.block_ids) * block_size:
                 block_ids = self._allocate_or_preempt(request, draft)
                 if block_ids is None:
                     continue
-                new_block_ids = tuple(block_ids)
                 request.block_ids += block_ids
+            new_block_ids = _take_new_blocks(request)
             request.num_planned_tokens = start + 1
             request.num_pending_samples += 1
             draft.budget -= 1
@@ -240,37 +277,55 @@ class Planner:
         """A row of as many tokens as budget, embeddings and blocks allow, if any."""
         if request.status is not Status.RUNNING:
             return  # preempted since it was found to be running
+        if request.host_block_ids and not self._plan_loads(request, draft):
+            return
         start, block_size = request.num_planned_tokens, self.limits.block_size
         end = self._runnable_end(request, start, start + draft.budget)
         if end <= start:
             return
         num_missing = -(-end // block_size) - len(request.block_ids)
-        if num_missing > self.kv.pool.num_free:
-            self._make_room(request, draft, num_missing)
-            num_missing = min(num_missing, self.kv.pool.num_free)
-            end = min(end, (len(request.block_ids) + num_missing) * block_size)
+        num_new = self._make_room(request, draft, num_missing)
+        if num_new < num_missing:
+            end = min(end, (len(request.block_ids) + num_new) * block_size)
             if end <= start:
                 return
-        new_block_ids = self.kv.allocate(num_missing) or []
-        request.block_ids += new_block_ids
+        request.block_ids += self.kv.allocate(num_new) or []
         sample = end == len(request.token_ids)
         embeds = self._embed_slices(request, start, end, draft) if start < request.media_end else ()
         request.num_planned_tokens = end
         request.num_pending_samples += sample
         draft.budget -= end - start
         draft.planned.add(request)
-        row = StepRow(request.slot, start, end - start, tuple(new_block_ids), sample, embeds)
+        row = StepRow(request.slot, start, end - start, _take_new_blocks(request), sample, embeds)
         draft.prefills.append((row, PlannedRow(request, request.run, end - start, sample)))
 
-    def _make_room(self, request: Request, draft: Draft, num_blocks: int) -> None:
-        """Preempt younger requests that have no row in this plan, youngest first."""
-        for other in list(reversed(self.running)):
-            if other.key <= request.key or self.kv.pool.num_free >= num_blocks:
-                return
-            has_row = other in draft.planned or any(row.request is other for _, row in draft.decodes)
-            if not has_row and not other.is_fully_planned:
-                draft.has_preempted = True
-                self.preempt(other)
+    def _plan_loads(self, request: Request, draft: Draft) -> bool:
+        """Copies of what it found in host memory, as many as may be.  Returns whether it needs no more of them."""
+        num_blocks = min(len(request.host_block_ids), self.limits.max_loads - len(draft.copies))
+        num_blocks = self._make_room(request, draft, num_blocks)
+        block_ids = self.kv.allocate(num_blocks)
+        if not block_ids:
+            return False
+        host_block_ids = request.host_block_ids[:num_blocks]
+        request.host_block_ids = request.host_block_ids[num_blocks:]
+        draft.copies += map(BlockCopy, block_ids, host_block_ids)
+        draft.loads.append(PlannedLoad(request, request.run, host_block_ids))  # which has their pins from now on
+        draft.planned.add(request)
+        request.block_ids += block_ids
+        request.num_planned_tokens += num_blocks * self.limits.block_size
+        return not request.host_block_ids
+
+    def _make_room(self, request: Request, draft: Draft, num_blocks: int) -> int:
+        """How many of these blocks can be had, preempting younger requests without a row here, youngest first."""
+        if num_blocks > self.kv.pool.num_free:
+            for other in list(reversed(self.running)):
+                if other.key <= request.key or self.kv.pool.num_free >= num_blocks:
+                    break
+                has_row = other in draft.planned or any(row.request is other for _, row in draft.decodes)
+                if not has_row and not other.is_fully_planned:
+                    draft.has_preempted = True
+                    self.preempt(other)
+        return min(num_blocks, self.kv.pool.num_free)
 
     # ------------------------------------------------------------ media within a row
 
@@ -317,25 +372,29 @@ class Planner:
         Returns False if it could run but there is no place, so that nobody younger overtakes it.
         """
         known = self.look_up(request)
-        num_known_tokens = len(known) * self.limits.block_size
-        if self._runnable_end(request, num_known_tokens, num_known_tokens + 1) <= num_known_tokens:
+        num_known_tokens = len(known.block_ids) * self.limits.block_size
+        num_found_tokens = known.num_blocks * self.limits.block_size
+        if self._runnable_end(request, num_found_tokens, num_found_tokens + 1) <= num_found_tokens:
             request.awaits_media = True
             return True
-        self.kv.pool.acquire(known)
-        if not self._has_place(request, len(known), draft):
-            self.kv.release(known)
+        self.kv.pool.acquire(known.block_ids)
+        if not self._has_place(request, len(known.block_ids), draft):
+            self.kv.release(known.block_ids)
             return False
+        self.kv.host.pin(known.host_block_ids)
         self.waiting.remove(request)
         request.status = Status.RUNNING
         request.run += 1
         request.slot = self.slots.free.pop()
-        request.block_ids = known
-        request.num_inserted_blocks = len(known)
+        request.block_ids, request.host_block_ids = known.block_ids, known.host_block_ids
+        request.num_inserted_blocks = request.num_sent_blocks = len(known.block_ids)
+        request.num_found_tokens = num_found_tokens
         request.num_computed_tokens = request.num_planned_tokens = num_known_tokens
         if request.num_cached_tokens is None:
-            request.num_cached_tokens = num_known_tokens
+            request.num_cached_tokens = num_found_tokens
             self._counters.prompt_tokens += request.num_prompt_tokens
-            self._counters.prompt_tokens_cached += num_known_tokens
+            self._counters.prompt_tokens_cached += num_found_tokens
+            self._counters.prompt_tokens_host_cached += num_found_tokens - num_known_tokens
         insort(self.running, request, key=_BY_KEY)
         draft.admit.append(
             NewSequence(
@@ -346,7 +405,7 @@ class Planner:
                 request.media,
                 request.rope_delta,
                 request.sampling,
-                tuple(known),
+                tuple(known.block_ids),
             )
         )
         self._plan_chunk(request, draft)
@@ -378,6 +437,7 @@ class Planner:
         return (
             start < request.media_end
             and start == request.num_computed_tokens
+            and not request.host_block_ids
             and request not in draft.planned
             and self._runnable_end(request, start, start + 1) <= start
         )

@@ -10,10 +10,13 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 
 from vlmrt.actors.scheduler.block_pool import BlockPool
-from vlmrt.runtime.messages import MediaItem
+from vlmrt.actors.scheduler.counters import Counters
+from vlmrt.actors.scheduler.host_blocks import HostBlocks
+from vlmrt.runtime.messages import BlockCopy, MediaItem
 
 _DIGEST_BYTES = 32
 _IMAGE_ROWS = struct.Struct("<6IH")  # place in the block, number, first row, grid_thw, length of the mm_hash behind it
@@ -59,18 +62,32 @@ def _image_rows(item: MediaItem, begin: int, end: int) -> bytes:
     return _IMAGE_ROWS.pack(first - begin, last - first, first - item.start, *item.grid_thw, len(name)) + name
 
 
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The known beginning of a sequence: blocks, then host blocks.  No reference and no pin comes with it."""
+
+    block_ids: list[int]
+    host_block_ids: list[int]
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.block_ids) + len(self.host_block_ids)
+
+
 class PrefixCache:
     """The KV blocks' owner: references, and which content of full, confirmed blocks can be found again.
 
-    With enabled=False nothing is ever found.
+    What is evicted is kept in host memory as far as there is any.  With enabled=False nothing is ever found.
     """
 
-    def __init__(self, pool: BlockPool, *, enabled: bool) -> None:
+    def __init__(self, pool: BlockPool, host: HostBlocks, counters: Counters, *, enabled: bool) -> None:
         self.pool = pool
+        self.host = host
         self.enabled = enabled
+        self._counters = counters
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
-        self.num_evictions = 0
+        self._saves: dict[int, int] = {}  # host block -> block, not in a plan yet
 
     def __len__(self) -> int:
         return len(self._block_of)
@@ -78,31 +95,47 @@ class PrefixCache:
     def items(self) -> Iterable[tuple[bytes, int]]:
         return self._block_of.items()
 
-    def match(self, block_hashes: Sequence[bytes], num_tokens: int, block_size: int) -> list[int]:
-        """The longest known beginning, as block ids without a reference yet.
+    def match(self, block_hashes: Sequence[bytes], num_tokens: int, block_size: int) -> Match:
+        """The longest beginning that the KV cache knows, continued as far as host memory does.
 
         At least the last of the num_tokens tokens stays uncovered: its logits choose the next token.
         """
         block_ids: list[int] = []
         if not self.enabled:
-            return block_ids
-        for block_hash in block_hashes[: (num_tokens - 1) // block_size]:
+            return Match([], [])
+        block_hashes = block_hashes[: (num_tokens - 1) // block_size]
+        for block_hash in block_hashes:
             block_id = self._block_of.get(block_hash)
             if block_id is None:
                 break
             block_ids.append(block_id)
-        return block_ids
+        return Match(block_ids, self.host.match(block_hashes, first=len(block_ids)))
+
+    def touch(self, match: Match) -> None:
+        """Evict it after everything else, its end before its beginning."""
+        self.pool.touch(reversed(match.block_ids))
+        self.host.touch(match.host_block_ids)
 
     def allocate(self, num_blocks: int) -> list[int] | None:
-        """Blocks to write; what they held is forgotten.  None if fewer are free."""
+        """Blocks to write, in a plan that has the saves.  None if fewer are free."""
         block_ids = self.pool.allocate(num_blocks)
         if block_ids and self._hash_of:
             for block_id in block_ids:
                 block_hash = self._hash_of.pop(block_id, None)
                 if block_hash is not None:
                     del self._block_of[block_hash]
-                    self.num_evictions += 1
+                    self._counters.block_evictions += 1
+                    host_block_id = self.host.keep(block_hash)
+                    if host_block_id is not None:
+                        self._saves[host_block_id] = block_id  # a save that was to go there is not worth it any more
         return block_ids
+
+    def take_saves(self) -> tuple[BlockCopy, ...]:
+        """What the next plan has to copy to host memory before it writes anything."""
+        if not self._saves:
+            return ()
+        saves, self._saves = self._saves, {}
+        return tuple([BlockCopy(block_id, host_block_id) for host_block_id, block_id in saves.items()])
 
     def release(self, block_ids: Sequence[int]) -> None:
         """Drop one reference each: a sequence's end is evicted before its beginning, unknown content before known."""
@@ -119,3 +152,4 @@ class PrefixCache:
         """Forget all content; blocks in use stay in use."""
         self._block_of.clear()
         self._hash_of.clear()
+        self.host.reset()

@@ -39,6 +39,9 @@ class Request:
     slot: int = -1
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks of token_ids
+    num_sent_blocks: int = 0  # of block_ids, those that the plans so far have told the ranks of
+    host_block_ids: list[int] = field(default_factory=list)  # to load behind block_ids; pinned
+    num_found_tokens: int = 0  # at the admission to this run, in either memory: known, or still to be loaded
     num_inserted_blocks: int = 0  # blocks already offered to the prefix cache, or taken from it
     num_computed_tokens: int = 0  # their keys and values are in the KV cache: confirmed by StepResult
     num_planned_tokens: int = 0  # includes those of steps in flight
@@ -52,6 +55,14 @@ class Request:
 
     def __post_init__(self) -> None:
         self.media_end = self.media[-1].start + self.media[-1].num_tokens if self.media else 0
+
+    @property
+    def num_covered_tokens(self) -> int:
+        """Tokens whose images need no rows: they are computed, or found and about to be loaded."""
+        return max(self.num_computed_tokens, self.num_found_tokens)
+
+    def is_in_run(self, run: int) -> bool:
+        return self.status is Status.RUNNING and self.run == run
 
     @property
     def num_output_tokens(self) -> int:

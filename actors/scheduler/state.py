@@ -11,6 +11,7 @@ from typing import NamedTuple, assert_never
 from vlmrt.actors.scheduler.block_pool import BlockPool
 from vlmrt.actors.scheduler.counters import Counters
 from vlmrt.actors.scheduler.embed_cache import EmbedCache, Slab
+from vlmrt.actors.scheduler.host_blocks import HostBlocks
 from vlmrt.actors.scheduler.llm_group import LlmGroup
 from vlmrt.actors.scheduler.media_work import MediaWork
 from vlmrt.actors.scheduler.pacing import Pacing
@@ -81,7 +82,7 @@ class State:
         self.media = MediaWork(self.embeds, self._send, self._edge_of, self.counters)
         self.planner = Planner(
             self.limits,
-            self._empty_kv(0),
+            self._empty_kv(0, 0),
             self.embeds,
             self.media.want,
             self.counters,
@@ -130,7 +131,7 @@ class State:
                 if self.llm.is_up:
                     self._attach(self.embeds.slabs[name])
             case LlmReady():
-                if self.llm.rank_up(name, peer.epoch, capabilities.num_blocks):
+                if self.llm.rank_up(name, peer.epoch, capabilities):
                     self._on_llm_up()
             case EdgeReady():
                 self.edges[name] = peer.epoch
@@ -162,9 +163,13 @@ class State:
         """When to call advance although nothing has come in; None: not needed."""
         return self.media.wake_at_s
 
-    def reset_caches(self, now_s: float) -> list[Send]:
-        """Forget everything that no request is using."""
+    def reset_prefix_cache(self, now_s: float) -> list[Send]:
+        """Forget the keys and values of all tokens, on the GPU and in host memory, that no request is using."""
         self.planner.kv.reset()
+        return self._settle(now_s)
+
+    def reset_embedding_cache(self, now_s: float) -> list[Send]:
+        """Forget the rows of all images that no request is using."""
         self.embeds.reset()
         return self._settle(now_s)
 
@@ -183,6 +188,9 @@ class State:
         return {
             "prefix_cache_queries_total": counters.prompt_tokens if self.prefix_caching else 0,
             "prefix_cache_hits_total": counters.prompt_tokens_cached,
+            "prefix_cache_evictions_total": counters.block_evictions,
+            "prefix_cache_host_hits_total": counters.prompt_tokens_host_cached,
+            "prefix_cache_host_evictions_total": counters.host_block_evictions,
             "embedding_cache_queries_total": counters.embed_hits + counters.embed_misses,
             "embedding_cache_hits_total": counters.embed_hits,
             "embedding_cache_evictions_total": self.embeds.num_evictions,
@@ -193,13 +201,16 @@ class State:
         }
 
     def gauges(self) -> dict[str, float]:
-        pool = self.planner.kv.pool
+        kv, block_bytes = self.planner.kv, self.llm.block_bytes
+        pool = kv.pool
         books = [slab.books for slab in self.embeds.slabs.values()]
         num_pages = sum(book.num_pages for book in books)
         return {
             "requests_running": len(self.planner.running),
             "requests_waiting": len(self.planner.waiting),
             "kv_cache_usage_ratio": 1 - pool.num_free / pool.num_blocks if pool.num_blocks else 0.0,
+            "prefix_cache_bytes": len(kv) * block_bytes,
+            "prefix_cache_host_bytes": len(kv.host) * block_bytes,
             "embedding_cache_usage_ratio": 1 - sum(book.num_free for book in books) / num_pages if num_pages else 0.0,
         }
 
@@ -245,7 +256,7 @@ class State:
         self.counters.requests += 1
         self.requests[request.request_id] = request
         self.planner.enqueue(request)
-        self.planner.kv.pool.touch(self.planner.look_up(request))
+        self.planner.kv.touch(self.planner.look_up(request))
 
     def _make_request(self, edge: ActorName, submit: Submit) -> Request:
         """Raises: RequestError if it is refused."""
@@ -320,8 +331,12 @@ class State:
         if len(result.token_ids) != num_samples:
             raise ValueError(f"step {result.step} samples {num_samples} tokens, its result has {len(result.token_ids)}")
         self.embeds.end_step(self.llm.epoch, result.step)
-        if not failed:
+        if not failed and not step.loads:  # what loads take is neither decoding nor prefill
             self.planner.pacing.observe(step.num_decode_rows, step.num_prefill_tokens, result.duration_ms)
+        for load in step.loads:
+            self.planner.kv.host.unpin(load.host_block_ids)
+            if load.is_current:
+                self._on_tokens(load.request, len(load.host_block_ids) * self.limits.block_size)
         token_ids = iter(result.token_ids)
         for index, row in enumerate(step.rows):
             if index in failed:
@@ -336,11 +351,7 @@ class State:
 
     def _on_row(self, request: Request, num_tokens: int, token_id: int | None) -> None:
         """A row of a request that is still in the run it was planned for."""
-        num_computed_tokens = request.num_computed_tokens = request.num_computed_tokens + num_tokens
-        if num_computed_tokens // self.limits.block_size > request.num_inserted_blocks:
-            self._insert_blocks(request)
-        if num_computed_tokens - num_tokens < request.media_end:
-            self._consume_media(request)
+        self._on_tokens(request, num_tokens)
         if token_id is None:
             return
         request.num_pending_samples -= 1
@@ -354,6 +365,14 @@ class State:
         else:
             usage = Usage(request.num_prompt_tokens, request.num_cached_tokens or 0, num_output_tokens)
             self._put_output(request.edge, TokenOutput(request.request_id, (token_id,), usage))
+
+    def _on_tokens(self, request: Request, num_tokens: int) -> None:
+        """The keys and values of its next tokens are there: computed, or loaded."""
+        num_computed_tokens = request.num_computed_tokens = request.num_computed_tokens + num_tokens
+        if num_computed_tokens // self.limits.block_size > request.num_inserted_blocks:
+            self._insert_blocks(request)
+        if num_computed_tokens - num_tokens < request.media_end:
+            self._consume_media(request)
 
     def _insert_blocks(self, request: Request) -> None:
         """Offer newly full blocks to the prefix cache: all their tokens are confirmed and computed."""
@@ -373,7 +392,7 @@ class State:
                 break
             request.num_consumed_items += 1
         if request.num_consumed_items > before:
-            self.media.want(request, request.num_computed_tokens)
+            self.media.want(request, request.num_covered_tokens)
 
     # ------------------------------------------------------------ a request ends
 
@@ -437,12 +456,13 @@ class State:
         for rank in self.llm.names:
             self._send(rank, AttachSlab(slab.vit, slab.epoch, slab.export))
 
-    def _empty_kv(self, num_blocks: int) -> PrefixCache:
-        return PrefixCache(BlockPool(num_blocks), enabled=self.prefix_caching)
+    def _empty_kv(self, num_blocks: int, num_host_blocks: int) -> PrefixCache:
+        host = HostBlocks(num_host_blocks, self.counters)
+        return PrefixCache(BlockPool(num_blocks), host, self.counters, enabled=self.prefix_caching)
 
     def _on_llm_up(self) -> None:
         """Every request begins with an empty KV cache, whose size may be news."""
-        self.planner.kv = self._empty_kv(self.llm.num_blocks)
+        self.planner.kv = self._empty_kv(self.llm.num_blocks, self.llm.num_host_blocks)
         for slab in self.embeds.slabs.values():
             self._attach(slab)
         for request in list(self.requests.values()):
@@ -458,7 +478,7 @@ class State:
         """Rows in the slabs live on; what was computed is lost, once per request without harm."""
         self.embeds.drop_borrower(self.llm.epoch)
         self.llm.in_flight.clear()
-        for request in self.planner.forget_kv(self._empty_kv(0)):
+        for request in self.planner.forget_kv(self._empty_kv(0, 0)):
             request.num_recoveries += 1
             self.counters.recoveries += 1
             if request.num_recoveries > 1:

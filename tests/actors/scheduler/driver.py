@@ -43,6 +43,7 @@ M = TypeVar("M", bound=Message)
 STOP = 99  # the stop token of every request made here
 PAGE_ROWS = 2
 PIXEL_BYTES = 1000
+BLOCK_BYTES = 100
 
 
 def image(name: str, start: int, num_tokens: int) -> MediaItem:
@@ -54,12 +55,13 @@ def messages(sends: Iterable[Send], kind: type[M], peer: str | None = None) -> l
 
 
 class Driver:
-    """Options: num_blocks, num_pages, arena_bytes, vits, medias, tp; the rest are SchedulingOptions."""
+    """Options: num_blocks, num_host_blocks, num_pages, ..., tp; the rest are SchedulingOptions."""
 
     def __init__(
         self,
         *,
         num_blocks: int = 50,
+        num_host_blocks: int = 0,
         num_pages: int = 20,
         arena_bytes: int = 1 << 20,
         vits: int = 1,
@@ -70,6 +72,7 @@ class Driver:
         **scheduling: Any,
     ) -> None:
         self.num_blocks, self.num_pages, self.arena_bytes, self.tp = num_blocks, num_pages, arena_bytes, tp
+        self.num_host_blocks = num_host_blocks
         self.state = State(
             make_config(
                 model=ModelOptions(directory="", served_names=("fake",), max_model_len=max_model_len),
@@ -97,7 +100,7 @@ class Driver:
             case "vit":
                 return VitReady(HostSlabExport(f"slab/{name}", self.num_pages, PAGE_ROWS, 8, "float32"))
             case _:
-                return LlmReady(self.num_blocks)
+                return LlmReady(self.num_blocks, self.num_host_blocks, BLOCK_BYTES)
 
     def up(self, *names: str, epoch: int = 1) -> list[Send]:
         sends = []

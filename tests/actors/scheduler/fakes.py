@@ -210,6 +210,7 @@ class FakeLlm:
         tp: int,
         epoch: Epoch,
         num_blocks: int,
+        num_host_blocks: int,
         block_size: int,
         max_num_seqs: int,
         send: Callable[[Message], None],
@@ -224,6 +225,9 @@ class FakeLlm:
         self.queues: list[deque[LlmInbox]] = [deque() for _ in range(tp)]
         self.attached: list[set[tuple[ActorName, Epoch]]] = [set() for _ in range(tp)]
         self.kv: dict[tuple[int, int], int] = {}  # (block, place in it) -> value
+        self.num_host_blocks = num_host_blocks
+        self.host: dict[int, list[int]] = {}  # host block -> values, in order
+        self.num_loads = 0
         self.sequences: dict[int, Sequence] = {}
         self.num_steps = 0
         self.num_unanswered = 0
@@ -256,9 +260,10 @@ class FakeLlm:
 
     def _run(self, plan: StepPlan) -> None:
         assert plan.step > self._last_step
-        assert plan.rows, "a plan without rows"
+        assert plan.rows or plan.loads, "a plan without rows and loads"
         self._last_step = plan.step
         self.num_steps += 1
+        self._copy(plan)
         for slot in plan.release:
             del self.sequences[slot]  # a KeyError: released twice
             self.lost.discard(slot)
@@ -287,6 +292,21 @@ class FakeLlm:
                 sequence.token_ids.append(token_id)
                 token_ids.append(token_id)
         self._send(StepResult(plan.step, tuple(token_ids), 1.0, tuple(failed)))
+
+    def _copy(self, plan: StepPlan) -> None:
+        """Saves, then loads; the copies of either kind may run in any order."""
+        saved_to = [save.host_block_id for save in plan.saves]
+        assert len(set(saved_to)) == len(saved_to), "two saves to one host block"
+        assert all(0 <= host_block_id < self.num_host_blocks for host_block_id in saved_to)
+        for save in plan.saves:  # a KeyError: the block was never full
+            self.host[save.host_block_id] = [self.kv[save.block_id, place] for place in range(self.block_size)]
+        loaded_to = [load.block_id for load in plan.loads]
+        assert len(set(loaded_to)) == len(loaded_to), "two loads to one block"
+        assert all(0 <= block_id < self.num_blocks for block_id in loaded_to)
+        for load in plan.loads:
+            for place, value in enumerate(self.host[load.host_block_id]):
+                self.kv[load.block_id, place] = value
+        self.num_loads += len(plan.loads)
 
     def _compute(self, sequence: Sequence, start: int, num_tokens: int, embeds: tuple[EmbedSlice, ...]) -> None:
         """Write the row's slots from what lies in the slots before it and in the slabs, checking both."""

@@ -13,6 +13,7 @@ def check_invariants(state: State) -> None:
     """Raise AssertionError unless all books agree with each other."""
     _check_queues(state)
     _check_blocks(state)
+    _check_host_blocks(state)
     for request in state.planner.running:
         _check_running(state, request)
     _check_readers(state)
@@ -26,6 +27,7 @@ def check_nothing_is_held(state: State) -> None:
     assert not state.requests
     pool = state.planner.kv.pool
     assert pool.num_free == pool.num_blocks
+    assert not list(state.planner.kv.host.pins())
     assert len(state.planner.slots.free) == state.limits.max_num_seqs
     assert not state.llm.in_flight
     assert not state.media.jobs
@@ -57,6 +59,8 @@ def _check_queues(state: State) -> None:
     for request in planner.waiting:
         assert (request.num_computed_tokens, request.num_planned_tokens, request.num_pending_samples) == (0, 0, 0)
         assert not request.block_ids
+        assert not request.host_block_ids
+        assert (request.num_sent_blocks, request.num_found_tokens) == (0, 0)
         if request.awaits_media:
             unready = [h for h in request.wanted_media if state.embeds.ready_entry(h) is None]
             assert unready, f"{request.request_id} waits for media although all of it is there"
@@ -75,10 +79,34 @@ def _check_blocks(state: State) -> None:
     assert not cached or state.prefix_caching
 
 
+def _check_host_blocks(state: State) -> None:
+    """Each in one place; pinned by the requests about to load it and the loads in flight, once by each."""
+    host = state.planner.kv.host
+    pins = Counter(host_block_id for request in state.planner.running for host_block_id in request.host_block_ids)
+    pins.update(block for step in state.llm.in_flight for load in step.loads for block in load.host_block_ids)
+    assert dict(host.pins()) == pins
+    free, idle = list(host.free()), list(host.idle_in_eviction_order())
+    assert sorted([*free, *idle, *pins]) == list(range(host.num_blocks)), "a host block is lost or in two places"
+    kept = [host_block_id for _, host_block_id in host.items()]
+    assert len(kept) == len(set(kept)) == len(host), "two hashes for one host block"
+    assert set(idle) <= set(kept) <= {*idle, *pins}
+    assert {block: block_hash for block_hash, block in host.items()} == host._hash_of
+    assert not kept or state.prefix_caching
+    assert not state.planner.kv._saves, "a save that waits for a plan although its block was given away"
+
+
 def _check_running(state: State, request: Request) -> None:
     block_size = state.limits.block_size
     rows = [row for step in state.llm.in_flight for row in step.rows if row.request is request and row.is_current]
-    assert request.num_planned_tokens - request.num_computed_tokens == sum(row.num_tokens for row in rows)
+    loads = [load for step in state.llm.in_flight for load in step.loads if load.request is request]
+    num_loading = sum(len(load.host_block_ids) for load in loads if load.is_current) * block_size
+    num_in_rows = sum(row.num_tokens for row in rows)
+    assert request.num_planned_tokens - request.num_computed_tokens == num_in_rows + num_loading
+    num_to_load = len(request.host_block_ids) * block_size
+    assert not num_to_load or request.num_planned_tokens + num_to_load == request.num_found_tokens
+    assert request.num_found_tokens < len(request.token_ids)
+    assert request.num_sent_blocks <= len(request.block_ids)
+    assert request.num_sent_blocks == len(request.block_ids) or request.num_planned_tokens <= request.num_found_tokens
     assert request.num_pending_samples == sum(row.sample for row in rows)
     assert 0 <= request.num_computed_tokens <= request.num_planned_tokens
     assert request.num_planned_tokens <= len(request.token_ids) + request.num_pending_samples
@@ -87,7 +115,7 @@ def _check_running(state: State, request: Request) -> None:
     assert len(set(request.block_ids)) == len(request.block_ids)
     assert len(request.block_ids) == -(-request.num_planned_tokens // block_size)
     assert request.num_inserted_blocks == request.num_computed_tokens // block_size
-    behind = {item.mm_hash for item in request.media if item.start + item.num_tokens > request.num_computed_tokens}
+    behind = {item.mm_hash for item in request.media if item.start + item.num_tokens > request.num_covered_tokens}
     assert set(request.wanted_media) == behind
 
 

@@ -336,10 +336,25 @@ def test_rows_that_do_not_match_the_prompt_fail_the_request() -> None:
     check_nothing_is_held(driver.state)
 
 
-def test_a_reset_forgets_what_nobody_uses() -> None:
+def test_a_reset_of_both_caches_forgets_what_nobody_uses() -> None:
     driver = Driver()
     driver.submit("r1", 10, (image("a", 2, 4),), max_tokens=1)
     driver.make_ready("a")
     driver.run()
-    driver.state.reset_caches(0.0)
+    driver.state.reset_prefix_cache(0.0)
+    driver.state.reset_embedding_cache(0.0)
     assert needs(driver.submit("r2", 10, (image("a", 2, 4),))) == [("r2", "a", "media:0")]
+
+
+def test_a_reset_of_one_cache_leaves_the_other() -> None:
+    driver = Driver()
+    driver.submit("r1", 10, (image("a", 2, 4),), max_tokens=1)
+    driver.make_ready("a")
+    driver.run()
+    driver.state.reset_prefix_cache(0.0)
+    assert needs(driver.submit("r2", 10, (image("a", 2, 4),), max_tokens=1)) == []
+    assert driver.advance()[0].rows[0].start == 0
+    driver.run()
+    driver.state.reset_embedding_cache(0.0)
+    assert needs(driver.submit("r3", 10, (image("a", 2, 4),), max_tokens=1)) == []
+    assert driver.advance()[0].rows[0].start == 8

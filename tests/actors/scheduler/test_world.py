@@ -16,6 +16,8 @@ NUM_WORLDS_SOAK = 2000
 any_sizes = st.builds(
     Sizes,
     num_blocks=st.sampled_from((12, 18, 24, 60)),
+    num_host_blocks=st.sampled_from((0, 1, 3, 8, 40)),
+    max_loads=st.sampled_from((1, 2, 64)),
     block_size=st.sampled_from((1, 3, 4)),
     num_pages=st.sampled_from((5, 7, 8, 16)),
     arena_bytes=st.sampled_from((6_000, 12_000, 30_000, 100_000)),
@@ -43,6 +45,28 @@ def test_every_request_ends_once_with_the_tokens_it_would_have_got_alone(
     run_world(sizes, seed, 40, deaths=deaths, aborts=aborts)
 
 
+host_memory_sizes = st.builds(
+    Sizes,
+    num_blocks=st.sampled_from((20, 30, 40)),
+    num_host_blocks=st.sampled_from((6, 25, 200)),
+    max_loads=st.sampled_from((1, 2)),
+    block_size=st.sampled_from((1, 2)),
+    num_pages=st.sampled_from((8, 16)),
+    max_num_seqs=st.sampled_from((2, 4)),
+    max_num_batched_tokens=st.sampled_from((12, 40)),
+    max_model_len=st.just(40),
+    tp=st.sampled_from((1, 2)),
+)
+
+
+@settings(max_examples=NUM_WORLDS // 2, **unhurried)  # type: ignore[arg-type]
+@given(host_memory_sizes, seeds, st.booleans())
+def test_requests_that_mostly_load_from_host_memory_get_the_tokens_they_would_have_got_alone(
+    sizes: Sizes, seed: int, disturbed: bool
+) -> None:
+    run_world(sizes, seed, 60, deaths=disturbed, aborts=disturbed)
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 @settings(max_examples=NUM_WORLDS_SOAK, **unhurried)  # type: ignore[arg-type]
@@ -55,24 +79,21 @@ def test_every_request_of_thousands_of_services_ends_once_with_its_tokens(
 
 def test_caches_do_not_change_what_is_generated() -> None:
     sizes = Sizes(max_waiting=100, num_blocks=60)
-    worlds = [
-        run_world(
-            dataclasses.replace(sizes, prefix_caching=prefix, embedding_caching=embedding),
-            7,
-            60,
-            deaths=False,
-            aborts=False,
-        )
+    variants = [
+        dataclasses.replace(sizes, prefix_caching=prefix, embedding_caching=embedding)
         for prefix in (False, True)
         for embedding in (False, True)
     ]
+    with_host_memory = dataclasses.replace(sizes, num_blocks=24, num_host_blocks=200)
+    worlds = [run_world(sizes, 7, 60, deaths=False, aborts=False) for sizes in (with_host_memory, *variants)]
     ends = [{name: (c.token_ids, c.finish_reason, c.error) for name, c in w.clients.items()} for w in worlds]
-    assert ends[0] == ends[1] == ends[2] == ends[3]
+    assert all(end == ends[0] for end in ends)
     assert len(ends[0]) == 60
-    without, with_both = worlds[0], worlds[-1]
+    with_host, without, with_both = worlds[0], worlds[1], worlds[-1]
     assert num_encoded(with_both) < num_encoded(without)
     assert without.state.counters.prompt_tokens_cached == 0
     assert with_both.state.counters.prompt_tokens_cached > 100
+    assert with_host.state.counters.prompt_tokens_host_cached > 100
 
 
 def num_encoded(world: World) -> int:
@@ -80,8 +101,16 @@ def num_encoded(world: World) -> int:
 
 
 def test_the_random_services_do_what_they_are_meant_to_try() -> None:
-    """Preemptions, displaced rows, dropped pixels, discarded tokens, recoveries: all of them happen."""
-    tight = Sizes(num_blocks=18, num_pages=7, arena_bytes=12_000, max_num_batched_tokens=8, no_memory=0.01)
+    """Preemptions, displaced rows, dropped pixels, discarded tokens, recoveries, host memory: all of them happen."""
+    tight = Sizes(
+        num_blocks=18,
+        num_host_blocks=12,
+        max_loads=2,
+        num_pages=7,
+        arena_bytes=12_000,
+        max_num_batched_tokens=8,
+        no_memory=0.01,
+    )
     worlds = [run_world(tight, seed, 80) for seed in range(6)]
     assert any(client.error == "out_of_memory" for world in worlds for client in world.clients.values())
     for name in (
@@ -92,6 +121,9 @@ def test_the_random_services_do_what_they_are_meant_to_try() -> None:
         "unwanted_pixels",
         "embed_hits",
         "prompt_tokens_cached",
+        "prompt_tokens_host_cached",
+        "block_evictions",
+        "host_block_evictions",
         "requests_aborted",
         "requests_stopped",
         "requests_cut",

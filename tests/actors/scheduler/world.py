@@ -6,6 +6,7 @@ the dead are lost; messages of the dead are delivered until the scheduler is tol
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import deque
 from collections.abc import Callable
@@ -47,6 +48,7 @@ from vlmrt.runtime.messages import (
     PeerUp,
     RequestId,
     Sampling,
+    StepPlan,
     Submit,
     TokenBatch,
     VitReady,
@@ -62,6 +64,8 @@ class Sizes:
     """How tight everything is."""
 
     num_blocks: int = 24
+    num_host_blocks: int = 0
+    max_loads: int = 64  # of a plan
     block_size: int = 4
     num_pages: int = 8
     arena_bytes: int = 30_000
@@ -132,6 +136,7 @@ class World:
                 parallel=ParallelOptions(tp=sizes.tp),
             )
         )
+        self.state.planner.limits = dataclasses.replace(self.state.limits, max_loads=sizes.max_loads)
         self.now_s = 0.0
         self.incarnations: dict[tuple[ActorName, Epoch], Incarnation] = {}
         self.alive: dict[ActorName, Epoch] = {}
@@ -168,6 +173,7 @@ class World:
                 sizes.tp,
                 epoch,
                 sizes.num_blocks,
+                sizes.num_host_blocks,
                 sizes.block_size,
                 sizes.max_num_seqs,
                 lambda message: self.incarnations[ActorName("llm:0"), epoch].outbox.append(message),
@@ -175,7 +181,8 @@ class World:
                 lambda: self.rng.random() < sizes.no_memory,
             )
             for rank in range(sizes.tp):
-                incarnation = self._begin(ActorName(f"llm:{rank}"), epoch, LlmReady(sizes.num_blocks + rank))
+                ready = LlmReady(sizes.num_blocks + rank, sizes.num_host_blocks + rank)
+                incarnation = self._begin(ActorName(f"llm:{rank}"), epoch, ready)
                 incarnation.receive = lambda message, rank=rank: llm.receive(rank, message)  # type: ignore[misc]
             return
         if kind == "edge":
@@ -232,6 +239,8 @@ class World:
         check_invariants(self.state)
         batched: set[ActorName] = set()
         for peer, message in sends:
+            if isinstance(message, StepPlan):
+                assert len(message.loads) <= self.sizes.max_loads
             if isinstance(message, TokenBatch):
                 assert peer not in batched, "one TokenBatch per edge and event"
                 batched.add(peer)
