@@ -110,17 +110,22 @@ class ChatEndpoint:
         sources = self._sources(chat)
         identified = await self._identify(sources, chat.cache_salt or "", lease)
         lease.give_back(min(num_body_bytes, lease.held_bytes))
-        token_ids = await self._with.prompts.tokenize(template_messages(chat.messages), self._with.executor)
-        if None in identified:  # the scheduler is asked once there is nothing left to refuse without it
-            self._with.prompts.check(token_ids, len(sources), [image for image in identified if image is not None])
+        messages = template_messages(chat.messages)
+        images: list[PromptImage] = [image for image in identified if image is not None]
+        if len(images) == len(sources):
+            prompt = await self._with.prompts.build(messages, images, self._with.executor)
+        else:  # what can be refused without the scheduler is, before it is asked for the rest
+            token_ids = await self._with.prompts.tokenize(messages, self._with.executor)
+            self._with.prompts.check(token_ids, len(sources), images)
             self._with.sampling.stop_rule(chat, self._with.config.model.max_model_len - len(token_ids))
-        images = await self._find_named(sources, identified, chat.cache_salt or "", lookup)
-        submit = self._submit(chat, self._with.prompts.expand(token_ids, images), lookup.lookup_id)
+            images = await self._find_named(sources, identified, chat.cache_salt or "", lookup)
+            prompt = self._with.prompts.expand(token_ids, images)
+        submit = self._submit(chat, prompt, lookup.lookup_id)
         headers = {"x-vlmrt-ignored": _shown_fields(ignored)} if ignored else {}
         return Prepared(
             submit=submit,
             images=tuple(image for image in images if isinstance(image, IdentifiedImage)),
-            num_image_tokens=sum(item.num_tokens for item in submit.media),
+            num_image_tokens=prompt.num_image_tokens,
             stops=chat.stops,
             stream=bool(chat.stream),
             usage_style=_usage_style(chat),

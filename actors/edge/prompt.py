@@ -58,11 +58,14 @@ class PromptBuilder:
 
         Raises: RequestError 400: the template refuses, it has no place for the pictures, the context is too short.
         """
-        return self.expand(await self.tokenize(messages, executor), images)
+        if _is_short(messages):
+            return self.expand(self.encode(messages), images)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(executor, lambda: self.expand(self.encode(messages), images))
 
     async def tokenize(self, messages: Sequence[dict[str, Any]], executor: Executor) -> list[int]:
-        """As `encode`; long texts off the event loop."""
-        if sum(map(len, _texts(messages))) < LONG_TEXT_CHARS:
+        """The first half of `build`, for `expand` to go on with."""
+        if _is_short(messages):
             return self.encode(messages)
         return await asyncio.get_running_loop().run_in_executor(executor, self.encode, messages)
 
@@ -157,6 +160,10 @@ def _risky_pattern(names: Sequence[str]) -> str:
     endings = "|".join(map(re.escape, sorted(beginnings, key=len, reverse=True)))
     whole = "|".join(map(re.escape, names))
     return f"{whole}|(?:{endings})\\Z" if names else r"(?!)"
+
+
+def _is_short(messages: Sequence[dict[str, Any]]) -> bool:
+    return sum(map(len, _texts(messages))) < LONG_TEXT_CHARS
 
 
 def _texts(value: object) -> list[str]:
