@@ -40,6 +40,7 @@ class ServerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     media_fetch_timeout_s: float = 10.0
     max_fetch_mib: int = 32
     cors_origins: tuple[str, ...] = ()
+    admin_routes: bool = False  # cache resets by HTTP
 
 
 class SchedulingOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

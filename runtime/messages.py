@@ -25,6 +25,7 @@ ActorName = NewType("ActorName", str)  # "edge:0", "media:0", "scheduler:0", "vi
 Epoch = NewType("Epoch", int)  # the incarnation of an actor; grows with every restart
 
 FinishReason = Literal["stop", "length"]
+CacheKind = Literal["prefix", "embedding"]  # of keys and values; of images' rows and the names given to images
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -109,6 +110,13 @@ class ForgetLookUp(Message, frozen=True):
     lookup_id: int
 
 
+class ResetCache(Message, frozen=True):
+    """Forget what that cache holds and no request uses.  Answered by CacheReset, same reset_id."""
+
+    reset_id: int  # of this edge
+    kind: CacheKind
+
+
 class Abort(Message, frozen=True):
     """The edge needs no more of this request (client gone, stop string found, timeout); it has ended it itself."""
 
@@ -145,6 +153,12 @@ class MediaFound(Message, frozen=True):
 
     lookup_id: int
     items: tuple[KnownMedia | None, ...]
+
+
+class CacheReset(Message, frozen=True):
+    """That cache holds nothing any more but what requests use."""
+
+    reset_id: int
 
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):
@@ -492,13 +506,14 @@ class ServiceStatus(Message, frozen=True):
 
 # ---------------------------------------------------------------- inboxes: the unions each process decodes
 
-EdgeInbox = NeedMedia | MediaFound | TokenBatch
+EdgeInbox = NeedMedia | MediaFound | CacheReset | TokenBatch
 MediaInbox = Decode | FreePixels
 SchedulerInbox = (
     Submit
     | Abort
     | LookUpMedia
     | ForgetLookUp
+    | ResetCache
     | MediaUnsent
     | PixelsReady
     | DecodeFailed

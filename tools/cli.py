@@ -139,6 +139,7 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
     http.add_argument("--host", default="127.0.0.1")
     http.add_argument("--port", type=port_number, default=8000, help="0: any free port")
     http.add_argument("--cors-origins", nargs="+", default=[], metavar="ORIGIN")
+    http.add_argument("--admin-routes", action="store_true", help="POST /reset_prefix_cache and /reset_mm_cache")
     http.add_argument(
         "--allowed-media-domains",
         nargs="+",

@@ -175,6 +175,7 @@ def server_options(arguments: argparse.Namespace) -> ServerOptions:
         allowed_media_domains=tuple(arguments.allowed_media_domains),
         allowed_media_root=None if root is None else str(Path(root).resolve()),
         cors_origins=tuple(arguments.cors_origins),
+        admin_routes=arguments.admin_routes,
     )
 
 

@@ -69,7 +69,7 @@ class EdgeActor:
             raise StartupError("the edge has no listening socket")
         loop = asyncio.get_running_loop()
         chat = await loop.run_in_executor(self._executor, self._load)
-        app = build_app(AppCollaborators(self._context.config, chat, self._health, self._context.metrics))
+        app = build_app(AppCollaborators(self._context.config, chat, self._link, self._health, self._context.metrics))
         self._runner = web.AppRunner(
             app,
             handler_cancellation=True,

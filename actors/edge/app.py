@@ -17,6 +17,7 @@ import vlmrt
 from vlmrt.actors.edge.chat import ALIAS, ChatEndpoint
 from vlmrt.actors.edge.health import Health
 from vlmrt.actors.edge.responses import ModelCard, ModelList, encode_json, error_body
+from vlmrt.actors.edge.scheduler_link import SchedulerLink
 from vlmrt.runtime.config import Config
 from vlmrt.runtime.errors import RequestError
 from vlmrt.runtime.messages import PROTOCOL_VERSION
@@ -38,6 +39,7 @@ class AppCollaborators(Struct, frozen=True):
 
     config: Config
     chat: ChatEndpoint
+    link: SchedulerLink
     health: Health
     metrics: Metrics
 
@@ -62,6 +64,13 @@ def build_app(collaborators: AppCollaborators) -> web.Application:
             web.get("/metrics", routes.metrics),
         ]
     )
+    if collaborators.config.server.admin_routes:
+        app.add_routes(
+            [
+                web.post("/reset_prefix_cache", routes.reset_prefix_cache),
+                web.post("/reset_mm_cache", routes.reset_mm_cache),
+            ]
+        )
     return app
 
 
@@ -110,6 +119,14 @@ class Routes:
         return web.Response(
             body=prometheus_text(status), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
         )
+
+    async def reset_prefix_cache(self, request: web.Request) -> web.Response:
+        await self._with.link.reset("prefix")
+        return _json({"reset": "prefix"})
+
+    async def reset_mm_cache(self, request: web.Request) -> web.Response:
+        await self._with.link.reset("embedding")
+        return _json({"reset": "embedding"})
 
 
 class OriginPolicy:

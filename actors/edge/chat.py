@@ -17,13 +17,13 @@ from msgspec import UNSET, Struct
 from vlmrt.actors.edge.body import read_json_body
 from vlmrt.actors.edge.detokenizer import Detokenizer, Vocabulary
 from vlmrt.actors.edge.fetch import MediaFetcher
-from vlmrt.actors.edge.identify import IdentifiedImage, ImageIdentifier
+from vlmrt.actors.edge.identify import IdentifiedImage, ImageIdentifier, NamedImage, PromptImage
 from vlmrt.actors.edge.open_requests import MediaBudget, MediaLease, OpenRequest
-from vlmrt.actors.edge.openai import ChatRequest, image_sources, parse_chat_request, template_messages
+from vlmrt.actors.edge.openai import ChatRequest, ImageSource, image_sources, parse_chat_request, template_messages
 from vlmrt.actors.edge.prompt import Prompt, PromptBuilder
 from vlmrt.actors.edge.responses import AnswerMessage, ChatCompletion, ChatUsage, Choice, chat_usage, encode_json
 from vlmrt.actors.edge.sampling import SamplingDefaults
-from vlmrt.actors.edge.scheduler_link import SchedulerLink
+from vlmrt.actors.edge.scheduler_link import LookUp, SchedulerLink
 from vlmrt.actors.edge.stream import ChunkEncoder, EventStream, UsageStyle
 from vlmrt.runtime.config import Config
 from vlmrt.runtime.errors import RequestError
@@ -86,10 +86,10 @@ class ChatEndpoint:
         arrived_s = time.monotonic()
         self._with.link.check_open()
         timeout_s = self._with.config.server.request_timeout_s
-        with self._with.budget.lease() as lease:
+        with self._with.budget.lease() as lease, self._with.link.look_up() as lookup:
             try:
                 async with asyncio.timeout(timeout_s):
-                    prepared = await self._prepare(request, lease)
+                    prepared = await self._prepare(request, lease, lookup)
             except TimeoutError:
                 raise _too_late(timeout_s) from None
             with (
@@ -101,20 +101,30 @@ class ChatEndpoint:
                     return await self._stream(request, prepared, open_request, answer)
                 return await self._whole(prepared, open_request, answer)
 
-    async def _prepare(self, request: web.Request, lease: MediaLease) -> Prepared:
+    async def _prepare(self, request: web.Request, lease: MediaLease, lookup: LookUp) -> Prepared:
         body = await read_json_body(request, self._with.config.server.max_body_mib << 20, lease)
         chat, ignored = parse_chat_request(body)
         num_body_bytes = len(body)
         del body
         self._check_model(chat.model)
-        images = await self._identify(chat, lease)
+        sources = self._sources(chat)
+        identified = await self._identify(sources, chat.cache_salt or "", lease)
         lease.give_back(min(num_body_bytes, lease.held_bytes))
-        prompt = await self._with.prompts.build(template_messages(chat.messages), images, self._with.executor)
-        submit = self._submit(chat, prompt)
+        messages = template_messages(chat.messages)
+        images: list[PromptImage] = [image for image in identified if image is not None]
+        if len(images) == len(sources):
+            prompt = await self._with.prompts.build(messages, images, self._with.executor)
+        else:  # what can be refused without the scheduler is, before it is asked for the rest
+            token_ids = await self._with.prompts.tokenize(messages, self._with.executor)
+            self._with.prompts.check(token_ids, len(sources), images)
+            self._with.sampling.stop_rule(chat, self._with.config.model.max_model_len - len(token_ids))
+            images = await self._find_named(sources, identified, chat.cache_salt or "", lookup)
+            prompt = self._with.prompts.expand(token_ids, images)
+        submit = self._submit(chat, prompt, lookup.lookup_id)
         headers = {"x-vlmrt-ignored": _shown_fields(ignored)} if ignored else {}
         return Prepared(
             submit=submit,
-            images=tuple(images),
+            images=tuple(image for image in images if isinstance(image, IdentifiedImage)),
             num_image_tokens=prompt.num_image_tokens,
             stops=chat.stops,
             stream=bool(chat.stream),
@@ -132,34 +142,68 @@ class ChatEndpoint:
                 param="model",
             )
 
-    async def _identify(self, chat: ChatRequest, lease: MediaLease) -> list[IdentifiedImage]:
-        """All pictures of the request, fetched side by side."""
+    def _sources(self, chat: ChatRequest) -> list[ImageSource]:
         sources = image_sources(chat.messages)
         limit = self._with.config.server.limit_images
         if len(sources) > limit:
             raise RequestError(
                 f"messages hold {len(sources)} images, more than {limit}", param="messages", code="too_many_images"
             )
+        return sources
 
-        async def one(index: int) -> IdentifiedImage:
-            source = sources[index]
+    async def _identify(
+        self, sources: Sequence[ImageSource], cache_salt: str, lease: MediaLease
+    ) -> list[IdentifiedImage | None]:
+        """All pictures whose bytes were sent, fetched side by side; None for those that are only named."""
+
+        async def one(source: ImageSource) -> IdentifiedImage | None:
+            if not source.url and source.uuid:
+                return None
             encoded = await self._with.fetcher.fetch(source, lease)
             return await self._with.identifier.identify(
                 encoded,
                 low_detail=source.low_detail,
-                cache_salt=chat.cache_salt or "",
+                cache_salt=cache_salt,
                 param=source.param,
                 executor=self._with.executor,
+                uuid=source.uuid,
             )
 
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(index)) for index in range(len(sources))]
+                tasks = [group.create_task(one(source)) for source in sources]
         except* RequestError as errors:
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    def _submit(self, chat: ChatRequest, prompt: Prompt) -> Submit:
+    async def _find_named(
+        self,
+        sources: Sequence[ImageSource],
+        identified: Sequence[IdentifiedImage | None],
+        cache_salt: str,
+        lookup: LookUp,
+    ) -> list[PromptImage]:
+        """Fill the gaps with what the request itself names elsewhere, then with what the scheduler knows.
+
+        Raises: RequestError 400 `media_not_cached` for the first picture that nobody knows.
+        """
+        known: dict[str, PromptImage] = {image.uuid: image for image in identified if image is not None and image.uuid}
+        named = [source.uuid for source, image in zip(sources, identified, strict=True) if image is None]
+        missing = tuple(dict.fromkeys(uuid for uuid in named if uuid not in known))
+        if missing:
+            for uuid, item in zip(missing, await lookup.find(cache_salt, missing), strict=True):
+                if item is not None:
+                    known[uuid] = NamedImage(uuid, item.mm_hash, item.grid_thw, item.num_tokens)
+        for source, image in zip(sources, identified, strict=True):
+            if image is None and source.uuid not in known:
+                raise RequestError(
+                    f"{source.param} = {source.uuid!r}: the server does not have this image; send its bytes as well",
+                    param=source.param,
+                    code="media_not_cached",
+                )
+        return [image or known[source.uuid] for source, image in zip(sources, identified, strict=True)]
+
+    def _submit(self, chat: ChatRequest, prompt: Prompt, lookup_id: int) -> Submit:
         num_prompt_tokens = len(prompt.token_ids)
         return Submit(
             request_id=RequestId(f"chatcmpl-{secrets.token_hex(16)}"),
@@ -170,6 +214,7 @@ class ChatEndpoint:
             stop=self._with.sampling.stop_rule(chat, self._with.config.model.max_model_len - num_prompt_tokens),
             cache_salt=chat.cache_salt or "",
             priority=chat.priority or 0,
+            lookup_id=lookup_id,
         )
 
     async def _whole(self, prepared: Prepared, open_request: OpenRequest, answer: Answer) -> web.Response:

@@ -31,6 +31,19 @@ class IdentifiedImage(Struct, frozen=True):
     target_size: tuple[int, int]
     grid_thw: tuple[int, int, int]
     num_tokens: int
+    uuid: str = ""  # the client's name for it
+
+
+class NamedImage(Struct, frozen=True):
+    """One picture of a prompt that the client names and the scheduler knows: nobody has its bytes."""
+
+    uuid: str
+    mm_hash: MmHash
+    grid_thw: tuple[int, int, int]
+    num_tokens: int
+
+
+PromptImage = IdentifiedImage | NamedImage
 
 
 class ImageIdentifier:
@@ -46,7 +59,7 @@ class ImageIdentifier:
         self._headers: OrderedDict[bytes, ImageHeader] = OrderedDict()
 
     async def identify(
-        self, encoded: bytes, *, low_detail: bool, cache_salt: str, param: str, executor: Executor
+        self, encoded: bytes, *, low_detail: bool, cache_salt: str, param: str, executor: Executor, uuid: str = ""
     ) -> IdentifiedImage:
         """Raises: RequestError 400 for bytes that are no picture, or one of a size out of bounds."""
         content = blake2b(digest_size=DIGEST_BYTES)
@@ -64,7 +77,8 @@ class ImageIdentifier:
         self._check_size(header, param)
         key = blake2b(content.digest(), digest_size=DIGEST_BYTES, key=self._option_keys[low_detail])
         key.update(cache_salt.encode())
-        return self._identified(MmHash(key.hexdigest()), encoded, header, self._processing[low_detail], param)
+        image = self._identified(MmHash(key.hexdigest()), encoded, header, self._processing[low_detail], param)
+        return msgspec.structs.replace(image, uuid=uuid) if uuid else image
 
     def _remember(self, digest: bytes, header: ImageHeader) -> None:
         self._headers[digest] = header

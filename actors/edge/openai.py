@@ -19,6 +19,7 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 512
 MAX_STOP_TOKEN_IDS = 256
 MAX_SALT_CHARS = 128
+MAX_UUID_CHARS = 128
 MAX_SHOWN_CHARS = 60  # of a wrong value in an error message
 MAX_LOOKUP_BYTES = 1 << 20  # bodies above this get errors without the wrong value
 MAX_NAMED_BYTES = 4 << 20  # bodies above this do not have their unknown fields named
@@ -30,7 +31,7 @@ Int32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 
 
 class ImageUrl(Struct, frozen=True, gc=False):
-    url: str
+    url: str | None = None
     detail: Literal["auto", "low", "high"] | None = None
 
 
@@ -42,6 +43,14 @@ class ContentPart(Struct, frozen=True, gc=False):
     refusal: str | None = None
     image_url: ImageUrl | str | None = None
     image: str | None = None
+    uuid: str | None = None  # the client's name for a picture: where the server knows it, the bytes may be left out
+
+    @property
+    def url(self) -> str | None:
+        """Of a picture, as it stands; None or empty: the part has no bytes."""
+        if isinstance(self.image_url, ImageUrl):
+            return self.image_url.url
+        return self.image_url if self.image_url is not None else self.image
 
 
 class ChatMessage(Struct, frozen=True):
@@ -118,16 +127,17 @@ class ChatRequest(Struct, frozen=True, kw_only=True):
 class ImageSource(Struct, frozen=True):
     """Where a picture of the prompt comes from, and the field that says so."""
 
-    url: str
+    url: str  # empty: from what the server knows under its uuid
     param: str
     low_detail: bool
+    uuid: str = ""
 
 
 _request_decoder = msgspec.json.Decoder(ChatRequest)
 _fields_decoder = msgspec.json.Decoder(dict[str, Raw])
 _KNOWN_FIELDS = frozenset(ChatRequest.__struct_fields__)
 _NAME = re.compile(r"[\w.-]{1,64}")
-_SALT = re.compile(r"[\x21-\x7e]*")
+_PRINTABLE = re.compile(r"[\x21-\x7e]*")
 
 
 def parse_chat_request(body: bytes) -> tuple[ChatRequest, tuple[str, ...]]:
@@ -193,7 +203,7 @@ def _check_request(request: ChatRequest) -> None:
         _refuse(value is not None and not math.isfinite(value), name, " must be a finite number")
     salt = request.cache_salt or ""
     _refuse(len(salt) > MAX_SALT_CHARS, "cache_salt", f" has {len(salt)} characters, more than {MAX_SALT_CHARS}")
-    _refuse(not _SALT.fullmatch(salt), "cache_salt", " may hold printable ASCII without spaces only")
+    _refuse(not _PRINTABLE.fullmatch(salt), "cache_salt", " may hold printable ASCII without spaces only")
     _refuse(not request.messages, "messages", " is empty: at least one message is needed")
     count = len(request.messages)
     _refuse(count > MAX_MESSAGES, "messages", f" has {count} messages, more than {MAX_MESSAGES}")
@@ -268,11 +278,12 @@ def _check_part(part: ContentPart, param: str) -> None:
             _refuse(part.text is None, f"{param}.text", " is required", "missing_field")
         case "refusal":
             _refuse(part.refusal is None, f"{param}.refusal", " is required", "missing_field")
-        case "image_url":
-            _refuse(part.image_url is None, f"{param}.image_url", " is required", "missing_field")
-        case "image":
-            absent = part.image is None and part.image_url is None
-            _refuse(absent, f"{param}.image", " is required", "missing_field")
+        case "image_url" | "image":
+            _check_uuid(part.uuid, f"{param}.uuid")
+            if part.uuid is None:
+                absent = part.image_url is None and (part.type == "image_url" or part.image is None)
+                _refuse(absent, f"{param}.{part.type}", " is required", "missing_field")
+                _refuse(part.url is None, f"{param}.image_url.url", " is required", "missing_field")
         case "video_url" | "video":
             _refuse(True, f"{param}.type", ": video is not supported yet", "unsupported_part")
         case _:
@@ -280,22 +291,32 @@ def _check_part(part: ContentPart, param: str) -> None:
             _refuse(True, f"{param}.type", problem, "unsupported_part")
 
 
+def _check_uuid(uuid: str | None, param: str) -> None:
+    if uuid is not None:
+        _refuse(not uuid, param, " is empty: it needs at least 1 character")
+        _refuse(len(uuid) > MAX_UUID_CHARS, param, f" has {len(uuid)} characters, more than {MAX_UUID_CHARS}")
+        _refuse(not _PRINTABLE.fullmatch(uuid), param, " may hold printable ASCII without spaces only")
+
+
 def image_sources(messages: Sequence[ChatMessage]) -> list[ImageSource]:
     """The pictures of a conversation, in prompt order."""
     sources = []
     for m, message in enumerate(messages):
         for p, part in enumerate(message.content if isinstance(message.content, list) else ()):
-            param = f"messages[{m}].content[{p}]"
-            if part.type not in ("image_url", "image"):
-                continue
-            if isinstance(part.image_url, ImageUrl):
-                low = part.image_url.detail == "low"
-                sources.append(ImageSource(part.image_url.url, f"{param}.image_url.url", low))
-            elif part.image_url is not None:
-                sources.append(ImageSource(part.image_url, f"{param}.image_url", False))
-            else:
-                sources.append(ImageSource(cast(str, part.image), f"{param}.image", False))
+            if part.type in ("image_url", "image"):
+                sources.append(_image_source(part, f"messages[{m}].content[{p}]"))
     return sources
+
+
+def _image_source(part: ContentPart, param: str) -> ImageSource:
+    uuid, low = part.uuid or "", False
+    if uuid and not part.url:
+        return ImageSource("", f"{param}.uuid", False, uuid)
+    if isinstance(part.image_url, ImageUrl):
+        param, low = f"{param}.image_url.url", part.image_url.detail == "low"
+    else:
+        param = f"{param}.image" if part.image_url is None else f"{param}.image_url"
+    return ImageSource(cast(str, part.url), param, low, uuid)
 
 
 def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:

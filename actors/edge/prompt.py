@@ -14,7 +14,7 @@ from msgspec import Struct
 from tokenizers import Tokenizer
 
 from vlmrt.actors.edge.chat_template import ChatTemplate, load_chat_template
-from vlmrt.actors.edge.identify import IdentifiedImage
+from vlmrt.actors.edge.identify import IdentifiedImage, PromptImage
 from vlmrt.actors.models.config import ModelConfig
 from vlmrt.actors.models.rope_index import MediaSpan, rope_delta
 from vlmrt.runtime.errors import RequestError, StartupError
@@ -52,16 +52,22 @@ class PromptBuilder:
         self._risky = re.compile(_risky_pattern(names))
 
     async def build(
-        self, messages: Sequence[dict[str, Any]], images: Sequence[IdentifiedImage], executor: Executor
+        self, messages: Sequence[dict[str, Any]], images: Sequence[PromptImage], executor: Executor
     ) -> Prompt:
         """Render, tokenize, expand.
 
         Raises: RequestError 400: the template refuses, it has no place for the pictures, the context is too short.
         """
-        if sum(map(len, _texts(messages))) < LONG_TEXT_CHARS:
+        if _is_short(messages):
             return self.expand(self.encode(messages), images)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(executor, lambda: self.expand(self.encode(messages), images))
+
+    async def tokenize(self, messages: Sequence[dict[str, Any]], executor: Executor) -> list[int]:
+        """The first half of `build`, for `expand` to go on with."""
+        if _is_short(messages):
+            return self.encode(messages)
+        return await asyncio.get_running_loop().run_in_executor(executor, self.encode, messages)
 
     def encode(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Token ids as transformers' apply_chat_template, except that a control token's name in a message is text."""
@@ -93,23 +99,39 @@ class PromptBuilder:
             raise RequestError("messages hold the name of a control token", param="messages", code="control_token")
         return ids
 
-    def expand(self, token_ids: Sequence[int], images: Sequence[IdentifiedImage]) -> Prompt:
-        """Replace the n-th placeholder by the n-th picture's tokens; linear in the length of the result."""
+    def check(self, token_ids: Sequence[int], num_images: int, known: Sequence[PromptImage]) -> None:
+        """Refuse now what no finding about the pictures that are not known yet could make right.
+
+        Raises: RequestError 400, as `expand` does.
+        """
+        self._places(token_ids, num_images)
+        self._check_length(len(token_ids), known)
+
+    def _places(self, token_ids: Sequence[int], num_images: int) -> list[int]:
         image_token_id = self._model.image_token_id
         places = [index for index, token_id in enumerate(token_ids) if token_id == image_token_id]
-        if len(places) != len(images):
+        if len(places) != num_images:
             raise RequestError(
-                f"the model's chat template made {len(places)} placeholders for {len(images)} images",
+                f"the model's chat template made {len(places)} placeholders for {num_images} images",
                 param="messages",
                 code="placeholder_mismatch",
             )
+        return places
+
+    def expand(self, token_ids: Sequence[int], images: Sequence[PromptImage]) -> Prompt:
+        """Replace the n-th placeholder by the n-th picture's tokens; linear in the length of the result."""
+        image_token_id = self._model.image_token_id
+        places = self._places(token_ids, len(images))
         self._check_length(len(token_ids), images)
         expanded: list[int] = []
         media = []
         done = 0
         for place, image in zip(places, images, strict=True):
             expanded += token_ids[done:place]
-            media.append(MediaItem(image.mm_hash, len(expanded), image.num_tokens, image.grid_thw))
+            has_bytes = isinstance(image, IdentifiedImage)
+            media.append(
+                MediaItem(image.mm_hash, len(expanded), image.num_tokens, image.grid_thw, image.uuid, has_bytes)
+            )
             expanded += [image_token_id] * image.num_tokens
             done = place + 1
         expanded += token_ids[done:]
@@ -117,7 +139,7 @@ class PromptBuilder:
         delta = rope_delta(len(expanded), spans, self._model.vision.spatial_merge_size)
         return Prompt(tuple(expanded), tuple(media), delta)
 
-    def _check_length(self, num_tokens: int, images: Sequence[IdentifiedImage]) -> None:
+    def _check_length(self, num_tokens: int, images: Sequence[PromptImage]) -> None:
         num_image_tokens = sum(image.num_tokens for image in images)
         total = num_tokens - len(images) + num_image_tokens
         if total + 1 > self._max_model_len:
@@ -138,6 +160,10 @@ def _risky_pattern(names: Sequence[str]) -> str:
     endings = "|".join(map(re.escape, sorted(beginnings, key=len, reverse=True)))
     whole = "|".join(map(re.escape, names))
     return f"{whole}|(?:{endings})\\Z" if names else r"(?!)"
+
+
+def _is_short(messages: Sequence[dict[str, Any]]) -> bool:
+    return sum(map(len, _texts(messages))) < LONG_TEXT_CHARS
 
 
 def _texts(value: object) -> list[str]:

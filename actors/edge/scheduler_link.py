@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import assert_never
 
 from vlmrt.actors.edge.identify import IdentifiedImage
 from vlmrt.actors.edge.open_requests import RETRY_AFTER_S, OpenRequest
@@ -14,8 +15,15 @@ from vlmrt.runtime.errors import ChannelFull, RequestError
 from vlmrt.runtime.messages import (
     Abort,
     ActorName,
+    CacheKind,
+    CacheReset,
     Decode,
+    EdgeInbox,
     Epoch,
+    ForgetLookUp,
+    KnownMedia,
+    LookUpMedia,
+    MediaFound,
     MediaReady,
     MediaUnsent,
     Message,
@@ -23,6 +31,7 @@ from vlmrt.runtime.messages import (
     PeerDown,
     PeerUp,
     RequestId,
+    ResetCache,
     SchedulerReady,
     Submit,
     TokenBatch,
@@ -30,8 +39,27 @@ from vlmrt.runtime.messages import (
 
 MEDIA_RETRY_S = 0.05  # a full media worker is reported to the scheduler after this long
 MAX_UNSENT = 65536
+RESET_TIMEOUT_S = 10.0
 
 logger = logging.getLogger(__name__)
+
+
+class LookUp:
+    """What one request wants to know of pictures that it names; its findings stay cached until the request's Submit."""
+
+    def __init__(self, link: SchedulerLink) -> None:
+        self._link = link
+        self.lookup_id = 0  # 0: nothing has been asked
+
+    async def find(self, cache_salt: str, uuids: tuple[str, ...]) -> tuple[KnownMedia | None, ...]:
+        """By uuid, in their order; None where the bytes are needed.  To be called once.
+
+        Raises: RequestError 503 where the scheduler is not up, goes meanwhile or does not take more.
+        """
+        self.lookup_id, answer = self._link.ask(lambda number: LookUpMedia(number, cache_salt, uuids))
+        found = await answer
+        assert isinstance(found, MediaFound)
+        return found.items
 
 
 class SchedulerLink:
@@ -42,7 +70,9 @@ class SchedulerLink:
         self._scheduler: tuple[ActorName, Epoch] | None = None
         self._media_epochs: dict[ActorName, Epoch] = {}  # the newest incarnation heard of
         self._open: dict[RequestId, OpenRequest] = {}
-        self._unsent: list[Abort | MediaUnsent] = []
+        self._asked: dict[int, asyncio.Future[MediaFound | CacheReset]] = {}  # lookups that hold, resets under way
+        self._num_asked = 0
+        self._unsent: list[Abort | MediaUnsent | ForgetLookUp] = []
         self._closed = False
         self._none_open = asyncio.Event()
         self._none_open.set()
@@ -57,7 +87,8 @@ class SchedulerLink:
 
     def peer_up(self, peer: PeerUp) -> None:
         if isinstance(peer.capabilities, SchedulerReady):
-            self._lose(lambda epoch: epoch != peer.epoch)
+            if self._scheduler != (peer.actor, peer.epoch):
+                self._lose(lambda epoch: epoch != peer.epoch)
             self._scheduler = peer.actor, peer.epoch
         elif isinstance(peer.capabilities, MediaReady):
             self._media_epochs[peer.actor] = peer.epoch
@@ -70,6 +101,7 @@ class SchedulerLink:
 
     def _lose(self, is_lost: Callable[[Epoch], bool]) -> None:
         """The scheduler that had these requests is gone, and all it knew of them."""
+        self._fail_asked(unavailable("the scheduler was restarted while the request was looked at"))
         for request in self._open.values():
             if is_lost(request.epoch) and not request.ended:
                 request.ended = True
@@ -87,7 +119,15 @@ class SchedulerLink:
         except TimeoutError:
             pass
 
+    def _fail_asked(self, error: RequestError) -> None:
+        """No answer comes any more, and what lookups found is not held for them."""
+        asked, self._asked = self._asked, {}
+        for answer in asked.values():
+            if not answer.done():
+                answer.set_exception(error)
+
     def fail_all(self, error: RequestError) -> None:
+        self._fail_asked(error)
         for request in self._open.values():
             if not request.ended:
                 request.fail(error)
@@ -99,6 +139,52 @@ class SchedulerLink:
         if self._scheduler is None:
             raise unavailable("the service is starting or restarting")
 
+    def ask(
+        self, question: Callable[[int], LookUpMedia | ResetCache]
+    ) -> tuple[int, asyncio.Future[MediaFound | CacheReset]]:
+        """Send a question made for this number; returns the number and what will be the answer.
+
+        Raises: RequestError 503 where the scheduler is not up or does not take more.
+        """
+        self.check_open()
+        assert self._scheduler is not None
+        self._num_asked += 1
+        self._send_now(question(self._num_asked))
+        answer = self._asked[self._num_asked] = asyncio.get_running_loop().create_future()
+        return self._num_asked, answer
+
+    def _send_now(self, message: Message) -> None:
+        """Raises: RequestError 503."""
+        assert self._scheduler is not None
+        try:
+            sent = self._outbox.send(self._scheduler[0], message)
+        except ChannelFull:
+            raise unavailable("the scheduler is busy") from None
+        if not sent:
+            raise unavailable("the service is starting or restarting")
+
+    @contextmanager
+    def look_up(self) -> Iterator[LookUp]:
+        """Whatever was asked inside the block and not handed to a Submit there is forgotten at its end."""
+        lookup = LookUp(self)
+        try:
+            yield lookup
+        finally:
+            if self._asked.pop(lookup.lookup_id, None) is not None:
+                self._tell(ForgetLookUp(lookup.lookup_id))
+
+    async def reset(self, kind: CacheKind) -> None:
+        """Returns once that cache is reset.  Raises: RequestError 503, or 504 where that takes too long."""
+        number, answer = self.ask(lambda number: ResetCache(number, kind))
+        try:
+            async with asyncio.timeout(RESET_TIMEOUT_S):
+                await answer
+        except TimeoutError:
+            message = f"the scheduler did not answer within {RESET_TIMEOUT_S:g} s"
+            raise RequestError(message, status=504, code="request_timeout") from None
+        finally:
+            self._asked.pop(number, None)
+
     @contextmanager
     def submit(self, submit: Submit, images: Iterable[IdentifiedImage]) -> Iterator[OpenRequest]:
         """The request is open inside the block; left before its end, it is aborted, without waiting.
@@ -107,18 +193,16 @@ class SchedulerLink:
         """
         self.check_open()
         assert self._scheduler is not None
-        scheduler, epoch = self._scheduler
-        request = OpenRequest(submit.request_id, epoch, images)
+        if submit.lookup_id and submit.lookup_id not in self._asked:
+            raise unavailable("the scheduler was restarted while the request was looked at")
+        request = OpenRequest(submit.request_id, self._scheduler[1], images)
         self._open[submit.request_id] = request
         self._none_open.clear()
         sent = False
         try:
-            try:
-                sent = self._outbox.send(scheduler, submit)
-            except ChannelFull:
-                raise unavailable("the scheduler is busy") from None
-            if not sent:
-                raise unavailable("the service is starting or restarting")
+            self._send_now(submit)
+            sent = True
+            self._asked.pop(submit.lookup_id, None)
             yield request
         finally:
             del self._open[submit.request_id]
@@ -128,7 +212,7 @@ class SchedulerLink:
                 request.ended = True
                 self._tell(Abort(submit.request_id))
 
-    def _tell(self, message: Abort | MediaUnsent) -> None:
+    def _tell(self, message: Abort | MediaUnsent | ForgetLookUp) -> None:
         """At once, or when the channel has room again."""
         if not self._send(message) and len(self._unsent) < MAX_UNSENT:
             self._unsent.append(message)
@@ -148,15 +232,27 @@ class SchedulerLink:
             return False
         return True
 
-    def handle(self, message: NeedMedia | TokenBatch) -> None:
+    def handle(self, message: EdgeInbox) -> None:
         """What the scheduler says; of requests that have ended meanwhile it is stale and dropped."""
-        if isinstance(message, TokenBatch):
-            for output in message.outputs:
-                request = self._open.get(output.request_id)
-                if request is not None:
-                    request.push(output)
-        else:
-            self._hand_out(message)
+        match message:
+            case TokenBatch():
+                for output in message.outputs:
+                    request = self._open.get(output.request_id)
+                    if request is not None:
+                        request.push(output)
+            case NeedMedia():
+                self._hand_out(message)
+            case MediaFound():
+                self._answer(message.lookup_id, message)
+            case CacheReset():
+                self._answer(message.reset_id, message)
+            case _:
+                assert_never(message)
+
+    def _answer(self, number: int, message: MediaFound | CacheReset) -> None:
+        answer = self._asked.get(number)
+        if answer is not None and not answer.done():
+            answer.set_result(message)
 
     def _hand_out(self, need: NeedMedia) -> None:
         request = self._open.get(need.request_id)

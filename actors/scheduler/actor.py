@@ -11,7 +11,9 @@ from vlmrt.runtime.actor import ActorContext
 from vlmrt.runtime.errors import ChannelFull
 from vlmrt.runtime.messages import (
     ActorName,
+    CacheReset,
     Capabilities,
+    MediaFound,
     Message,
     NeedMedia,
     PeerDown,
@@ -39,7 +41,7 @@ class SchedulerActor:
         self._context = context
         self._state = State(context.config)
         self._copied: dict[str, int] = {}
-        self._owed: dict[ActorName, list[Message]] = {}  # the last words to edges whose channel was full
+        self._owed: dict[ActorName, list[Message]] = {}  # what is left to say to edges whose channel was full
         self._news = asyncio.Event()
         self._wake: asyncio.TimerHandle | None = None
 
@@ -97,7 +99,7 @@ class SchedulerActor:
                 self._context.outbox.send(peer, message)
             except ChannelFull:
                 logger.error("%s takes no messages any more; a %s is late or lost", peer, type(message).__name__)
-                if isinstance(message, TokenBatch):
+                if isinstance(message, TokenBatch | MediaFound | CacheReset):
                     self._owed.setdefault(peer, []).append(message)
                 if isinstance(message, TokenBatch | NeedMedia):
                     stuck_edges.add(peer)

@@ -27,6 +27,8 @@ class Counters:
     recoveries: int = 0  # requests begun again on a new TP group
     embed_hits: int = 0
     embed_misses: int = 0
+    media_lookups: int = 0
+    media_lookup_hits: int = 0
     embed_displacements: int = 0  # rows taken from a request by a more urgent one
     encodes: int = 0
     unwanted_pixels: int = 0

@@ -1,9 +1,10 @@
 """The books of the vision embeddings: which rows lie in which ViT's slab, who still has to read them, what goes first.
 
 The ViT owns the memory, this file decides about it.  An entry is an image being encoded or ready; readers are the
-requests that still have to read an image's rows, whether an entry exists yet or not.  Rows nobody has to read are the
-cache, evicted least recently used first and only when pages are needed; pages read by a step in flight are lent, and
-wait for its end.
+requests that still have to read an image's rows, whether an entry exists yet or not.  Rows that could not be had again,
+since nobody has the image's bytes, may be held as well: they are neither evicted nor displaced.  Rows that are neither
+to be read nor held are the cache, evicted least recently used first and only when pages are needed; pages read by a
+step in flight are lent, and wait for its end.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class Slab:
     epoch: Epoch
     export: SlabExport
     books: SlabBooks
-    idle: OrderedDict[MmHash, Entry] = field(default_factory=OrderedDict)  # ready, without readers; next to go first
-    pinned: dict[MmHash, Entry] = field(default_factory=dict)  # ready, with readers
+    idle: OrderedDict[MmHash, Entry] = field(default_factory=OrderedDict)  # ready, neither; next to go first
+    pinned: dict[MmHash, Entry] = field(default_factory=dict)  # ready, with readers or held
     num_encoding_patches: int = 0
 
     def num_pages_for(self, num_rows: int) -> int:
@@ -54,6 +55,7 @@ class EmbedCache:
         self.slabs: dict[ActorName, Slab] = {}
         self.entries: dict[MmHash, Entry] = {}
         self.readers: dict[MmHash, dict[RequestId, MediaKey]] = {}
+        self.holds: dict[MmHash, int] = {}  # how many hold the rows, whether an entry exists yet or not
         self.num_evictions = 0
 
     # ------------------------------------------------------------ slabs
@@ -78,11 +80,7 @@ class EmbedCache:
     def add_reader(self, mm_hash: MmHash, request_id: RequestId, key: MediaKey) -> None:
         """This request has to read the rows; ready rows are pinned."""
         self.readers.setdefault(mm_hash, {})[request_id] = key
-        entry = self.ready_entry(mm_hash)
-        if entry is not None:
-            slab = self.slabs[entry.vit]
-            if slab.idle.pop(mm_hash, None) is not None:
-                slab.pinned[mm_hash] = entry
+        self._pin(mm_hash)
 
     def remove_reader(self, mm_hash: MmHash, request_id: RequestId) -> bool:
         """This request need not read them any more.  Returns whether nobody need."""
@@ -91,20 +89,45 @@ class EmbedCache:
         if readers:
             return False
         del self.readers[mm_hash]
-        entry = self.ready_entry(mm_hash)
-        if entry is not None:
-            self._unpin(entry)
+        self._unpin(mm_hash)
         return True
 
     def first_key(self, mm_hash: MmHash) -> MediaKey:
         """The order of its most urgent reader."""
         return min(self.readers[mm_hash].values())
 
-    def _unpin(self, entry: Entry) -> None:
+    def is_known(self, mm_hash: MmHash) -> bool:
+        """Whether the rows can be read without the image's bytes."""
+        return self.ready_entry(mm_hash) is not None
+
+    def hold(self, mm_hash: MmHash) -> None:
+        """Keep the rows until let_go; may be called several times."""
+        self.holds[mm_hash] = self.holds.get(mm_hash, 0) + 1
+        self._pin(mm_hash)
+
+    def let_go(self, mm_hash: MmHash) -> None:
+        """Undo one hold."""
+        self.holds[mm_hash] -= 1
+        if not self.holds[mm_hash]:
+            del self.holds[mm_hash]
+            self._unpin(mm_hash)
+
+    def _pin(self, mm_hash: MmHash) -> None:
+        entry = self.ready_entry(mm_hash)
+        if entry is not None:
+            slab = self.slabs[entry.vit]
+            if slab.idle.pop(mm_hash, None) is not None:
+                slab.pinned[mm_hash] = entry
+
+    def _unpin(self, mm_hash: MmHash) -> None:
+        """Ready rows are only cached from now on, unless somebody else reads or holds them."""
+        entry = self.ready_entry(mm_hash)
+        if entry is None or mm_hash in self.readers or mm_hash in self.holds:
+            return
         slab = self.slabs[entry.vit]
-        del slab.pinned[entry.mm_hash]
+        del slab.pinned[mm_hash]
         if self.enabled:
-            slab.idle[entry.mm_hash] = entry
+            slab.idle[mm_hash] = entry
         else:
             self.remove(entry)
 
@@ -122,7 +145,7 @@ class EmbedCache:
         """Pages for an image about to be encoded; None if they are not to be had now.
 
         Idle rows are evicted as far as needed.  With displace_after, so are rows that only readers behind that key wait
-        for; those are returned, since those readers need them anew.
+        for and nobody holds; those are returned, since those readers need them anew.
         """
         num_pages = slab.num_pages_for(num_rows)
         victims = self._victims(slab, num_pages - slab.books.num_free, displace_after)
@@ -141,7 +164,7 @@ class EmbedCache:
         """Its rows are in the slab."""
         entry.is_ready = True
         slab = self.slabs[entry.vit]
-        if entry.mm_hash in self.readers:
+        if entry.mm_hash in self.readers or entry.mm_hash in self.holds:
             slab.pinned[entry.mm_hash] = entry
         elif self.enabled:
             slab.idle[entry.mm_hash] = entry
@@ -169,7 +192,8 @@ class EmbedCache:
             return victims
         candidates = list(slab.idle.values())
         if displace_after is not None:
-            pinned = [(self.first_key(mm_hash), entry) for mm_hash, entry in slab.pinned.items()]
+            free = [entry for mm_hash, entry in slab.pinned.items() if mm_hash not in self.holds]
+            pinned = [(self.first_key(entry.mm_hash), entry) for entry in free]
             pinned = [(key, entry) for key, entry in pinned if key > displace_after]
             candidates += [entry for _, entry in sorted(pinned, key=lambda pair: pair[0], reverse=True)]
         for entry in candidates:

@@ -3,6 +3,10 @@
 One job per mm_hash, however many requests want it.  Scarce places (decodes at once, arena bytes, slab pages) go to jobs
 in the order of their most urgent reader, and the most urgent job of all may take them from later ones: so it always
 gets on.
+
+Bytes are asked for through requests that have them.  A request that names an image by uuid alone holds its rows until
+it ends, so that it can be computed again after a preemption; only where the most urgent job has waited for pages for
+long are holds given up, youngest request first.  It fails once it needs rows that nobody can bring any more.
 """
 
 from __future__ import annotations
@@ -33,10 +37,11 @@ from vlmrt.runtime.messages import (
 
 UNSENT_RETRY_S = 0.02
 DECODE_PATIENCE_S = 1.0
+PAGES_PATIENCE_S = 5.0
 _BYTES_PER_PATCH = 768  # 16 x 16 pixels of 3 bytes; raised when a worker's pixels are found to need more
 
 Sender = Callable[[ActorName, Message], None]
-EdgeOf = Callable[[RequestId], ActorName]
+RequestOf = Callable[[RequestId], Request]
 
 
 class Stage(enum.Enum):
@@ -61,6 +66,7 @@ class Job:
     encode_id: int = -1
     vit: ActorName | None = None
     is_cancelled: bool = False
+    no_pages_since_s: float | None = None  # the most urgent job waits for pages that are held
     num_media_losses: int = 0
     num_vit_losses: int = 0
     num_encode_failures: int = 0
@@ -84,24 +90,50 @@ class Worker:
 class MediaWork:
     """Jobs, media workers and ViTs.  `send` posts a message; `failures` gathers what the caller has to fail."""
 
-    def __init__(self, embeds: EmbedCache, send: Sender, edge_of: EdgeOf, counters: Counters) -> None:
+    def __init__(self, embeds: EmbedCache, send: Sender, request_of: RequestOf, counters: Counters) -> None:
         self.embeds = embeds
         self.jobs: dict[MmHash, Job] = {}
         self.workers: dict[ActorName, Worker] = {}
         self.decoding: dict[MmHash, Job] = {}
         self.decoded: dict[MmHash, Job] = {}
         self.encoding: dict[int, Job] = {}  # by encode_id
+        self.holders: dict[RequestId, Request] = {}  # those that hold what they name by uuid alone
         self.failures: list[tuple[list[RequestId], WireError]] = []
         self.retry_at_s: dict[MmHash, float] = {}  # needed, but not to be asked for before then
         self.unblock_at_s: float | None = None  # when to make room in an arena that may be full
+        self.give_up_at_s: float | None = None  # when to give up holds for pages
         self._needed: list[tuple[MediaKey, MmHash]] = []  # a heap; entries whose job has moved on are skipped
         self._send = send
-        self._edge_of = edge_of
+        self._request_of = request_of
         self._counters = counters
         self._next_encode_id = 1
         self._bytes_per_patch = float(_BYTES_PER_PATCH)
 
     # ------------------------------------------------------------ who wants what
+
+    def is_known(self, mm_hash: MmHash) -> bool:
+        """Whether a request without its bytes can have its rows: they are there, or on their way for another."""
+        job = self.jobs.get(mm_hash)
+        return self.embeds.is_known(mm_hash) or (job is not None and not job.is_cancelled)
+
+    def hold(self, request: Request) -> None:
+        """Keep what the request names by uuid alone until want_nothing."""
+        if request.named_media:
+            self.holders[request.request_id] = request
+            for mm_hash in request.named_media:
+                self.embeds.hold(mm_hash)
+
+    def let_go(self, mm_hashes: Iterable[MmHash]) -> None:
+        """Undo one hold of each."""
+        for mm_hash in mm_hashes:
+            self.embeds.let_go(mm_hash)
+            job = self.jobs.get(mm_hash)
+            if job is not None and mm_hash not in self.embeds.readers:
+                self._drop_unread(job)
+
+    def _stop_holding(self, request: Request) -> None:
+        if self.holders.pop(request.request_id, None) is not None:
+            self.let_go(request.named_media)
 
     def want(self, request: Request, num_covered_tokens: int) -> None:
         """Make this request a reader of exactly the items that end behind its first num_covered_tokens tokens."""
@@ -125,6 +157,7 @@ class MediaWork:
         wanted, request.wanted_media = request.wanted_media, {}
         for mm_hash in wanted:
             self._leave(mm_hash, request.request_id)
+        self._stop_holding(request)
 
     def _begin_job(self, item: MediaItem, key: MediaKey) -> None:
         job = self.jobs.get(item.mm_hash)
@@ -135,23 +168,46 @@ class MediaWork:
             self._counters.embed_misses += 1
             job = self.jobs[item.mm_hash] = Job(item.mm_hash, item.grid_thw, item.num_tokens)
         if job.stage is Stage.NEEDED:
-            heapq.heappush(self._needed, (key, item.mm_hash))
+            self._push_needed(job, key)
 
     def _leave(self, mm_hash: MmHash, request_id: RequestId) -> None:
-        is_unwanted = self.embeds.remove_reader(mm_hash, request_id)
+        is_unread = self.embeds.remove_reader(mm_hash, request_id)
         job = self.jobs.get(mm_hash)
         if job is None:
             return
-        if not is_unwanted:
-            if job.stage is Stage.DECODING and job.asked == request_id:  # its edge may not have handed it on
-                self._ask_anew(job)
-        elif job.stage is Stage.ENCODING:
-            if not job.is_cancelled:
-                job.is_cancelled = True
-                assert job.vit is not None
-                self._send(job.vit, CancelEncode(job.encode_id))
-        else:
+        if is_unread:
+            self._drop_unread(job)
+        elif job.stage is Stage.DECODING and job.asked == request_id:  # its edge may not have handed it on
+            self._ask_anew(job)
+        elif job.stage is Stage.NEEDED and not self._givers(mm_hash):
+            self._fail_without_bytes(job)
+
+    def _drop_unread(self, job: Job) -> None:
+        """Nobody reads it: only what has pages already goes on, and only for those who hold it."""
+        if job.stage is not Stage.ENCODING:
             self._end_job(job)
+        elif not job.is_cancelled and job.mm_hash not in self.embeds.holds:
+            job.is_cancelled = True
+            assert job.vit is not None
+            self._send(job.vit, CancelEncode(job.encode_id))
+
+    def _givers(self, mm_hash: MmHash) -> list[tuple[MediaKey, RequestId]]:
+        """The readers whose edges have the bytes."""
+        readers = self.embeds.readers[mm_hash].items()
+        return [(key, reader) for reader, key in readers if mm_hash not in self._request_of(reader).named_media]
+
+    def _push_needed(self, job: Job, key: MediaKey) -> None:
+        """To be asked for, if there is anybody to ask."""
+        if self._givers(job.mm_hash):
+            heapq.heappush(self._needed, (key, job.mm_hash))
+        else:
+            self._fail_without_bytes(job)
+
+    def _fail_without_bytes(self, job: Job) -> None:
+        readers = list(self.embeds.readers[job.mm_hash])
+        self._end_job(job)
+        for reader in readers:
+            self.failures.append(([reader], _not_cached(self._request_of(reader), job.mm_hash)))
 
     # ------------------------------------------------------------ media workers
 
@@ -274,8 +330,8 @@ class MediaWork:
 
     def _begin_again(self, entry: Entry) -> None:
         """Rows that are gone although somebody has to read them."""
-        self.jobs[entry.mm_hash] = Job(entry.mm_hash, entry.grid_thw, entry.num_rows)
-        heapq.heappush(self._needed, (self.embeds.first_key(entry.mm_hash), entry.mm_hash))
+        job = self.jobs[entry.mm_hash] = Job(entry.mm_hash, entry.grid_thw, entry.num_rows)
+        self._push_needed(job, self.embeds.first_key(entry.mm_hash))
 
     # ------------------------------------------------------------ stages of a job
 
@@ -288,14 +344,14 @@ class MediaWork:
             if job.pixels is not None:
                 self._send(worker.name, FreePixels((job.pixels,)))
         job.stage, job.asked, job.worker, job.num_bytes, job.pixels = Stage.NEEDED, None, None, 0, None
-        job.is_cancelled, job.vit, job.encode_id = False, None, -1
+        job.is_cancelled, job.vit, job.encode_id, job.no_pages_since_s = False, None, -1, None
         self.decoding.pop(job.mm_hash, None)
         self.decoded.pop(job.mm_hash, None)
         self.retry_at_s.pop(job.mm_hash, None)
 
     def _ask_anew(self, job: Job) -> None:
         self._reset(job)
-        heapq.heappush(self._needed, (self.embeds.first_key(job.mm_hash), job.mm_hash))
+        self._push_needed(job, self.embeds.first_key(job.mm_hash))
 
     def _end_job(self, job: Job) -> None:
         self._reset(job)
@@ -314,13 +370,14 @@ class MediaWork:
         for mm_hash, at_s in list(self.retry_at_s.items()):
             if at_s <= now_s:
                 self._ask_anew(self.jobs[mm_hash])
+        self.give_up_at_s = None
         if self.decoded:
-            self._start_encodes()
+            self._start_encodes(now_s)
         self._unblock_arena(now_s)
         if self._needed:
             self._start_decodes(now_s)
 
-    def _start_encodes(self) -> None:
+    def _start_encodes(self, now_s: float) -> None:
         """Strictly in order: a large image is not starved by the small ones behind it."""
         if not self.embeds.slabs:
             return
@@ -331,10 +388,13 @@ class MediaWork:
             if not slabs:
                 self._fail(job, _too_large(job, self.embeds.slabs.values()))
                 continue
-            if not self._start_encode(job, slabs, None) and not (
-                self._is_most_urgent(key) and self._start_encode(job, slabs, key)
-            ):
+            if self._start_encode(job, slabs, None):
+                continue
+            if not self._is_most_urgent(key):
                 return
+            while not self._start_encode(job, slabs, key):
+                if not self._give_up_holds(job, key, now_s):
+                    return
 
     def _start_encode(self, job: Job, slabs: list[Slab], displace_after: MediaKey | None) -> bool:
         for slab in slabs:
@@ -348,6 +408,7 @@ class MediaWork:
             del self.decoded[job.mm_hash]
             assert job.pixels is not None
             job.stage, job.vit, job.encode_id = Stage.ENCODING, slab.vit, self._next_encode_id
+            job.no_pages_since_s = None
             self._next_encode_id += 1
             self.encoding[job.encode_id] = job
             slab.num_encoding_patches += job.num_patches
@@ -355,6 +416,22 @@ class MediaWork:
             self._send(slab.vit, encode)
             return True
         return False
+
+    def _give_up_holds(self, job: Job, key: MediaKey, now_s: float) -> bool:
+        """Whether the most urgent job has waited long enough for pages, and a request no older has given up its holds.
+
+        Older requests end without it; younger ones may never, since what they wait for comes after this job.
+        """
+        holders = [request for request in self.holders.values() if request.key >= key[:2]]
+        if not holders:
+            return False
+        if job.no_pages_since_s is None:
+            job.no_pages_since_s = now_s
+        if now_s < job.no_pages_since_s + PAGES_PATIENCE_S:
+            self.give_up_at_s = job.no_pages_since_s + PAGES_PATIENCE_S
+            return False
+        self._stop_holding(max(holders, key=lambda request: request.key))
+        return True
 
     def _unblock_arena(self, now_s: float) -> None:
         """If the most urgent decode takes very long, free later pixels in its arena, one by one.
@@ -379,15 +456,15 @@ class MediaWork:
     @property
     def wake_at_s(self) -> float | None:
         """When to pump although nothing has happened; None: not needed."""
-        times = [*self.retry_at_s.values(), *([] if self.unblock_at_s is None else [self.unblock_at_s])]
-        return min(times, default=None)
+        times = (*self.retry_at_s.values(), self.unblock_at_s, self.give_up_at_s)
+        return min((at_s for at_s in times if at_s is not None), default=None)
 
     def _start_decodes(self, now_s: float) -> None:
         while self.workers and len(self.decoding) < 2 * len(self.workers) + 2:
             job = self._first_needed()
             if job is None:
                 return
-            key, request_id = min((key, reader) for reader, key in self.embeds.readers[job.mm_hash].items())
+            key, (_, request_id) = self.embeds.first_key(job.mm_hash), min(self._givers(job.mm_hash))
             num_bytes = int(job.num_patches * self._bytes_per_patch)
             free = [w for w in self.workers.values() if not w.num_bytes or w.num_bytes + num_bytes <= w.arena_bytes]
             if not free:
@@ -401,7 +478,7 @@ class MediaWork:
             self.decoding[job.mm_hash] = job
             worker.num_decoding += 1
             worker.num_bytes += num_bytes
-            self._send(self._edge_of(request_id), NeedMedia(request_id, job.mm_hash, worker.name, worker.epoch))
+            self._send(self._request_of(request_id).edge, NeedMedia(request_id, job.mm_hash, worker.name, worker.epoch))
 
     def _first_needed(self) -> Job | None:
         """The most urgent job nobody has been asked for; it stays on top of the heap."""
@@ -436,6 +513,12 @@ class MediaWork:
 
 def _died(what: str, code: str, doing: str) -> WireError:
     return WireError(500, f"the {what} died twice while {doing} this image", code)
+
+
+def _not_cached(request: Request, mm_hash: MmHash) -> WireError:
+    uuid = next(item.uuid for item in request.media if item.mm_hash == mm_hash)
+    message = f"the image {uuid!r} is not cached any more; send its bytes as well"
+    return WireError(400, message, "media_not_cached", "messages")
 
 
 def _too_large(job: Job, slabs: Iterable[Slab]) -> WireError:

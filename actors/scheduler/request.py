@@ -52,8 +52,11 @@ class Request:
     num_cached_tokens: int | None = None  # of the prompt, found in the prefix cache at the first admission
     num_yields: int = 0  # times it gave its place to a younger request while it waited for media
     num_recoveries: int = 0  # times it lost its KV cache to a dead TP group
+    named_media: frozenset[MmHash] = field(init=False)  # named by uuid: its edge has no bytes of them
 
     def __post_init__(self) -> None:
+        named = {item.mm_hash for item in self.media if not item.has_bytes}
+        self.named_media = frozenset(named.difference(item.mm_hash for item in self.media if item.has_bytes))
         self.media_end = self.media[-1].start + self.media[-1].num_tokens if self.media else 0
 
     @property

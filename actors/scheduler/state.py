@@ -13,6 +13,7 @@ from vlmrt.actors.scheduler.counters import Counters
 from vlmrt.actors.scheduler.embed_cache import EmbedCache, Slab
 from vlmrt.actors.scheduler.host_blocks import HostBlocks
 from vlmrt.actors.scheduler.llm_group import LlmGroup
+from vlmrt.actors.scheduler.media_aliases import LookUps, MediaAliases
 from vlmrt.actors.scheduler.media_work import MediaWork
 from vlmrt.actors.scheduler.pacing import Pacing
 from vlmrt.actors.scheduler.policy import Limits, Planner
@@ -24,6 +25,7 @@ from vlmrt.runtime.messages import (
     Abort,
     ActorName,
     AttachSlab,
+    CacheReset,
     DecodeFailed,
     DetachSlab,
     EdgeReady,
@@ -31,7 +33,10 @@ from vlmrt.runtime.messages import (
     EncodeFailed,
     Epoch,
     FinishReason,
+    ForgetLookUp,
     LlmReady,
+    LookUpMedia,
+    MediaFound,
     MediaReady,
     MediaUnsent,
     Message,
@@ -39,6 +44,7 @@ from vlmrt.runtime.messages import (
     PeerUp,
     PixelsReady,
     RequestId,
+    ResetCache,
     SchedulerInbox,
     SchedulerReady,
     StepResult,
@@ -79,7 +85,9 @@ class State:
         self.edges: dict[ActorName, Epoch] = {}
         self.llm = LlmGroup(config.parallel.tp)
         self.embeds = EmbedCache(enabled=scheduling.embedding_caching)
-        self.media = MediaWork(self.embeds, self._send, self._edge_of, self.counters)
+        self.media = MediaWork(self.embeds, self._send, self._request_of, self.counters)
+        self.aliases = MediaAliases()
+        self.lookups = LookUps()
         self.planner = Planner(
             self.limits,
             self._empty_kv(0, 0),
@@ -100,6 +108,13 @@ class State:
                 self._on_step_result(sender, message)
             case Submit():
                 self._on_submit(sender, message)
+            case LookUpMedia():
+                self._on_lookup(sender, message)
+            case ForgetLookUp():
+                self.media.let_go(self.lookups.end(sender, message.lookup_id))
+            case ResetCache():
+                reset = self.reset_prefix_cache if message.kind == "prefix" else self.reset_embedding_cache
+                return [*reset(now_s), Send(sender, CacheReset(message.reset_id))]
             case Abort():
                 self._on_abort(sender, message)
             case EmbedsReady():
@@ -169,8 +184,9 @@ class State:
         return self._settle(now_s)
 
     def reset_embedding_cache(self, now_s: float) -> list[Send]:
-        """Forget the rows of all images that no request is using."""
+        """Forget the rows of all images that no request is using, and the names given to images."""
         self.embeds.reset()
+        self.aliases.clear()
         return self._settle(now_s)
 
     def give_up_edge(self, edge: ActorName, now_s: float) -> list[Send]:
@@ -194,6 +210,8 @@ class State:
             "embedding_cache_queries_total": counters.embed_hits + counters.embed_misses,
             "embedding_cache_hits_total": counters.embed_hits,
             "embedding_cache_evictions_total": self.embeds.num_evictions,
+            "media_lookups_total": counters.media_lookups,
+            "media_lookup_hits_total": counters.media_lookup_hits,
             "preemptions_total": counters.preemptions,
             "recomputations_total": counters.recoveries,
             "prompt_tokens_total": counters.prompt_tokens,
@@ -212,6 +230,7 @@ class State:
             "prefix_cache_bytes": len(kv) * block_bytes,
             "prefix_cache_host_bytes": len(kv.host) * block_bytes,
             "embedding_cache_usage_ratio": 1 - sum(book.num_free for book in books) / num_pages if num_pages else 0.0,
+            "media_aliases": len(self.aliases),
         }
 
     # ------------------------------------------------------------ what goes out
@@ -219,8 +238,8 @@ class State:
     def _send(self, peer: ActorName, message: Message) -> None:
         self._sends.append(Send(peer, message))
 
-    def _edge_of(self, request_id: RequestId) -> ActorName:
-        return self.requests[request_id].edge
+    def _request_of(self, request_id: RequestId) -> Request:
+        return self.requests[request_id]
 
     def _settle(self, now_s: float) -> list[Send]:
         """Let media work go on, end the requests it failed, and hand out everything there is to send."""
@@ -245,7 +264,25 @@ class State:
 
     # ------------------------------------------------------------ a request begins
 
+    def _on_lookup(self, edge: ActorName, lookup: LookUpMedia) -> None:
+        """Answer with what can be had without its bytes; its rows stay until the lookup ends."""
+        items = [self.aliases.find(lookup.cache_salt, uuid) for uuid in lookup.uuids]
+        items = [item if item is not None and self.media.is_known(item.mm_hash) else None for item in items]
+        found = tuple(item.mm_hash for item in items if item is not None)
+        if self.lookups.begin(edge, lookup.lookup_id, found):
+            for mm_hash in found:
+                self.embeds.hold(mm_hash)
+        else:
+            items = [None] * len(items)
+        self.counters.media_lookups += len(items)
+        self.counters.media_lookup_hits += sum(item is not None for item in items)
+        self._send(edge, MediaFound(lookup.lookup_id, tuple(items)))
+
     def _on_submit(self, edge: ActorName, submit: Submit) -> None:
+        self._begin(edge, submit)
+        self.media.let_go(self.lookups.end(edge, submit.lookup_id))  # its request reads and holds the rows by now
+
+    def _begin(self, edge: ActorName, submit: Submit) -> None:
         try:
             request = self._make_request(edge, submit)
         except RequestError as error:
@@ -254,8 +291,12 @@ class State:
             self._put_output(edge, TokenOutput(submit.request_id, (), usage, error=error.to_wire()))
             return
         self.counters.requests += 1
+        for item in submit.media:
+            if item.uuid and item.has_bytes:
+                self.aliases.register(submit.cache_salt, item)
         self.requests[request.request_id] = request
         self.planner.enqueue(request)
+        self.media.hold(request)
         self.planner.kv.touch(self.planner.look_up(request))
 
     def _make_request(self, edge: ActorName, submit: Submit) -> Request:
@@ -441,6 +482,7 @@ class State:
     def _forget_peer(self, name: ActorName, epoch: Epoch) -> None:
         if name in self.edges:
             del self.edges[name]
+            self.media.let_go(self.lookups.drop_edge(name))
             self._abort_all(name)
         elif name in self.media.workers:
             self.media.drop_worker(name)

@@ -17,6 +17,7 @@ def check_invariants(state: State) -> None:
     for request in state.planner.running:
         _check_running(state, request)
     _check_readers(state)
+    _check_holds(state)
     _check_jobs(state)
     _check_slabs(state)
 
@@ -33,6 +34,9 @@ def check_nothing_is_held(state: State) -> None:
     assert not state.media.jobs
     assert not state.media.encoding
     assert not state.embeds.readers
+    assert not state.embeds.holds
+    assert not state.media.holders
+    assert not any(state.lookups._found.values())
     for worker in state.media.workers.values():
         assert (worker.num_decoding, worker.num_bytes) == (0, 0)
     for slab in state.embeds.slabs.values():
@@ -138,18 +142,32 @@ def _check_readers(state: State) -> None:
         )
 
 
+def _check_holds(state: State) -> None:
+    by_lookups = [h for found in state.lookups._found.values() for mm_hashes in found.values() for h in mm_hashes]
+    by_requests = [mm_hash for request in state.media.holders.values() for mm_hash in request.named_media]
+    assert Counter(state.embeds.holds) == Counter([*by_lookups, *by_requests])
+    assert set(state.lookups._found) <= set(state.edges)
+    for request_id, request in state.media.holders.items():
+        assert state.requests[request_id] is request
+
+
 def _check_jobs(state: State) -> None:
     media = state.media
     num_decoding: Counter[str] = Counter()
     num_bytes: Counter[str] = Counter()
     for mm_hash, job in media.jobs.items():
         assert mm_hash == job.mm_hash
-        assert mm_hash in state.embeds.readers or (job.stage is Stage.ENCODING and job.is_cancelled)
+        is_held = mm_hash in state.embeds.holds
+        assert mm_hash in state.embeds.readers or (job.stage is Stage.ENCODING and (job.is_cancelled or is_held))
+        if job.stage in (Stage.NEEDED, Stage.DECODING):
+            readers = [state.requests[request_id] for request_id in state.embeds.readers[mm_hash]]
+            assert any(mm_hash not in request.named_media for request in readers), f"nobody can bring {mm_hash}"
         assert (mm_hash in media.decoding) == (job.stage is Stage.DECODING)
         assert (mm_hash in media.decoded) == (job.stage is Stage.DECODED)
         assert (media.encoding.get(job.encode_id) is job) == (job.stage is Stage.ENCODING)
         if job.stage is Stage.DECODING:
             assert job.asked in state.embeds.readers[mm_hash]
+            assert mm_hash not in state.requests[job.asked].named_media
             assert job.worker is not None
             num_decoding[job.worker] += 1
         if job.stage is Stage.DECODED:
@@ -170,8 +188,9 @@ def _check_slabs(state: State) -> None:
         slab = embeds.slabs[entry.vit]
         assert (entry.mm_hash, entry.epoch) == (mm_hash, slab.epoch)
         if entry.is_ready:
-            assert (mm_hash in slab.pinned) == (mm_hash in embeds.readers)
-            assert (mm_hash in slab.idle) == (mm_hash not in embeds.readers)
+            is_wanted = mm_hash in embeds.readers or mm_hash in embeds.holds
+            assert (mm_hash in slab.pinned) == is_wanted
+            assert (mm_hash in slab.idle) != is_wanted
         else:
             job = state.media.jobs[mm_hash]
             assert (job.stage, job.vit) == (Stage.ENCODING, entry.vit)

@@ -11,8 +11,11 @@ from tests.support import FakeContext, peer_down, peer_up
 from vlmrt.actors.scheduler.actor import SchedulerActor
 from vlmrt.runtime.messages import (
     ActorName,
+    CacheReset,
     EdgeReady,
     LlmReady,
+    LookUpMedia,
+    MediaFound,
     MediaItem,
     MediaReady,
     MediaUnsent,
@@ -20,6 +23,7 @@ from vlmrt.runtime.messages import (
     MmHash,
     NeedMedia,
     RequestId,
+    ResetCache,
     Sampling,
     SchedulerReady,
     StepPlan,
@@ -175,3 +179,17 @@ async def test_counters_and_gauges_reach_the_metrics(tmp_path: Path) -> None:
         assert snapshot.counters["generation_tokens_total"] == 1
         assert snapshot.counters["prompt_tokens_total"] == 20
         assert snapshot.gauges["requests_running"] == 0
+
+
+async def test_answers_that_an_edge_did_not_take_are_sent_later_and_cost_nobody_a_request(tmp_path: Path) -> None:
+    async with FakeContext("scheduler:0", tmp_path) as context:
+        actor = await started(context)
+        await actor.handle(submit("r1"), EDGE)
+        await turn()
+        context.outbox.take()
+        context.outbox.full.add(EDGE)
+        await actor.handle(LookUpMedia(1, "", ("u",)), EDGE)
+        await actor.handle(ResetCache(2, "prefix"), EDGE)
+        context.outbox.full.clear()
+        actor.pay_edges()
+        assert [sent.message for sent in context.outbox.take()] == [MediaFound(1, (None,)), CacheReset(2)]

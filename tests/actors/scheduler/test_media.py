@@ -108,8 +108,12 @@ def test_identical_images_in_flight_are_decoded_and_encoded_once() -> None:
     driver = Driver(prefix_caching=False)
     assert len(needs(driver.submit("r1", 10, (image("a", 2, 4), image("a", 6, 4))))) == 1
     assert needs(driver.submit("r2", 10, (image("a", 2, 4),), edge="edge:1")) == []
-    driver.make_ready("a")
-    assert {new.request_id for new in driver.advance()[0].admit} == {"r1", "r2"}
+    sends = driver.pixels("a")
+    (encode,) = messages(sends, Encode)
+    assert needs([*sends, *driver.submit("r3", 10, (image("a", 1, 4),), edge="edge:1")]) == []
+    driver.embeds(encode)
+    assert {new.request_id for new in driver.advance()[0].admit} == {"r1", "r2", "r3"}
+    assert driver.state.counters.encodes == 1
 
 
 def test_text_only_requests_do_not_wait_behind_media() -> None:

@@ -31,6 +31,7 @@ any_sizes = st.builds(
     num_edges=st.sampled_from((1, 2)),
     prefix_caching=st.booleans(),
     embedding_caching=st.booleans(),
+    by_name=st.sampled_from((0.0, 0.2, 0.7)),
     no_memory=st.sampled_from((0.0, 0.01, 0.1)),
 )
 seeds = st.integers(0, 2**32)
@@ -96,6 +97,20 @@ def test_caches_do_not_change_what_is_generated() -> None:
     assert with_host.state.counters.prompt_tokens_host_cached > 100
 
 
+def test_images_left_out_and_named_do_not_change_what_is_generated() -> None:
+    sizes = Sizes(max_waiting=100, num_blocks=60, num_pages=16)
+    worlds = [
+        run_world(dataclasses.replace(sizes, by_name=by_name), 7, 60, deaths=False, aborts=False)
+        for by_name in (0.0, 0.7)
+    ]
+    with_bytes, by_name = ({name: (c.token_ids, c.error) for name, c in w.clients.items()} for w in worlds)
+    assert (worlds[0].num_named, worlds[1].num_named > 10) == (0, True)
+    lost = {name for name, (_, error) in by_name.items() if error == "media_not_cached"}
+    assert len(lost) < 6
+    for name in with_bytes.keys() - lost:
+        assert by_name[name] == with_bytes[name]
+
+
 def num_encoded(world: World) -> int:
     return sum(vit.num_encoded for vit in world.vits.values())
 
@@ -107,6 +122,7 @@ def test_the_random_services_do_what_they_are_meant_to_try() -> None:
         num_host_blocks=12,
         max_loads=2,
         num_pages=7,
+        by_name=0.2,
         arena_bytes=12_000,
         max_num_batched_tokens=8,
         no_memory=0.01,
@@ -120,6 +136,7 @@ def test_the_random_services_do_what_they_are_meant_to_try() -> None:
         "recoveries",
         "unwanted_pixels",
         "embed_hits",
+        "media_lookup_hits",
         "prompt_tokens_cached",
         "prompt_tokens_host_cached",
         "block_evictions",

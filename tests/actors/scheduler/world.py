@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import msgspec
+
 from tests.actors.scheduler.fakes import (
     BYTES_PER_PATCH,
     IMAGE_TOKEN,
@@ -36,8 +38,11 @@ from vlmrt.runtime.messages import (
     EdgeReady,
     Epoch,
     FinishReason,
+    ForgetLookUp,
     HostSlabExport,
     LlmReady,
+    LookUpMedia,
+    MediaFound,
     MediaItem,
     MediaReady,
     MediaUnsent,
@@ -80,6 +85,7 @@ class Sizes:
     num_edges: int = 2
     prefix_caching: bool = True
     embedding_caching: bool = True
+    by_name: float = 0.0  # how likely an image is left out and named; at most 0.8
     no_memory: float = 0.0  # how likely a row of a step finds no memory
 
 
@@ -93,6 +99,7 @@ class Client:
     error: str | None = None
     is_open: bool = True
     num_cached_tokens: int = 0
+    lookup_id: int = 0  # asked before its Submit, which waits for the answer
 
 
 class Incarnation:
@@ -121,6 +128,7 @@ class World:
         self.sizes = sizes
         self.rng = random.Random(seed)
         self.request_rng = random.Random(seed + 1)  # its own, so that requests do not depend on what happens to them
+        self.name_rng = random.Random(seed + 2)  # which images are named and sent without their bytes
         self.state = State(
             make_config(
                 model=ModelOptions(directory="", served_names=("fake",), max_model_len=sizes.max_model_len),
@@ -152,6 +160,8 @@ class World:
         self.num_deaths: dict[str, int] = {"media": 0, "vit": 0, "llm": 0, "edge": 0}
         self.advance_is_due = False
         self.num_steps = 0
+        self.num_lookups = 0
+        self.num_named = 0  # images submitted without their bytes
         for name in self.names():
             self.revive(name)
 
@@ -275,15 +285,47 @@ class World:
 
     def submit(self, submit: Submit, edge: ActorName) -> None:
         if edge in self.alive:
-            self.clients[submit.request_id] = Client(submit)
+            client = self.clients[submit.request_id] = Client(submit)
             self.edge_of[submit.request_id] = (edge, self.alive[edge])
-            self.incarnations[edge, self.alive[edge]].outbox.append(submit)
+            outbox = self.incarnations[edge, self.alive[edge]].outbox
+            named = tuple(dict.fromkeys(item.uuid for item in submit.media if not item.has_bytes))
+            if named:
+                self.num_lookups += 1
+                client.lookup_id = self.num_lookups
+                outbox.append(LookUpMedia(client.lookup_id, submit.cache_salt, named))
+            else:
+                outbox.append(submit)
 
     def abort(self, request_id: RequestId) -> None:
         client = self.clients[request_id]
         if client.is_open:
             client.is_open = False
-            self.incarnations[self.edge_of[request_id]].outbox.append(Abort(request_id))
+            is_submitted = client.lookup_id in (0, client.submit.lookup_id)
+            message = Abort(request_id) if is_submitted else ForgetLookUp(client.lookup_id)
+            self.incarnations[self.edge_of[request_id]].outbox.append(message)
+
+    def _submit_found(self, outbox: deque[Message], found: MediaFound) -> None:
+        """The request whose lookup this answers: what is not known by name is sent."""
+        client = next(client for client in self.clients.values() if client.lookup_id == found.lookup_id)
+        if not client.is_open:
+            return
+        named = dict.fromkeys(item.uuid for item in client.submit.media if not item.has_bytes)
+        known = dict(zip(named, found.items, strict=True))
+        media = []
+        for item in client.submit.media:
+            answer = known.get(item.uuid)
+            if answer is None:
+                media.append(msgspec.structs.replace(item, has_bytes=True))
+            else:
+                assert (answer.mm_hash, answer.num_tokens, answer.grid_thw) == (
+                    item.mm_hash,
+                    item.num_tokens,
+                    item.grid_thw,
+                )
+                media.append(item)
+                self.num_named += not item.has_bytes
+        client.submit = msgspec.structs.replace(client.submit, media=tuple(media), lookup_id=found.lookup_id)
+        outbox.append(client.submit)
 
     def _edge_receives(self, incarnation: Incarnation, message: Message) -> None:
         if isinstance(message, NeedMedia):
@@ -294,9 +336,13 @@ class World:
             if incarnation.media.get(message.media) != epoch:
                 incarnation.outbox.append(MediaUnsent(message.request_id, message.mm_hash))
             else:
-                item = next(item for item in client.submit.media if item.mm_hash == message.mm_hash)
+                sent = [item for item in client.submit.media if item.has_bytes]
+                item = next(item for item in sent if item.mm_hash == message.mm_hash)
                 size = (item.grid_thw[1], item.grid_thw[2])
                 self.incarnations[message.media, epoch].inbox.append(Decode(item.mm_hash, b"", size, size, Epoch(1)))
+            return
+        if isinstance(message, MediaFound):
+            self._submit_found(incarnation.outbox, message)
             return
         assert isinstance(message, TokenBatch)
         for output in message.outputs:
@@ -338,6 +384,7 @@ class World:
                 for item in submit.media
             ),
             "out_of_memory": sizes.no_memory > 0,
+            "media_not_cached": any(not item.has_bytes for item in submit.media),
             "no_pixels": self.num_deaths["media"] >= 2,
             **{code: self.num_deaths[kind] >= 2 for kind, code in FATAL_CODES.items()},
         }
@@ -426,7 +473,7 @@ class World:
         submit = Submit(
             RequestId(f"r{len(self.submits)}"),
             tuple(token_ids),
-            tuple(media),
+            tuple(self._named(item) for item in media),
             0,
             Sampling(seed=rng.randrange(2)),
             stop_rule(rng.choice((1, 2, 5, 12, 30, 100)), rng.choice((0, 0, 3, 8))),
@@ -435,6 +482,12 @@ class World:
         )
         self.submits.append(submit)
         return submit
+
+    def _named(self, item: MediaItem) -> MediaItem:
+        """Given a name, or called by it."""
+        draw = self.name_rng.random()
+        has_name, has_bytes = draw < 0.8, draw >= self.sizes.by_name
+        return msgspec.structs.replace(item, uuid=f"u-{item.mm_hash}" if has_name else "", has_bytes=has_bytes)
 
     def _beginning(self, story: random.Random, num_parts: int) -> tuple[list[int], list[MediaItem]]:
         """The first parts of one of a few stories; a picture may be another one."""
