@@ -23,7 +23,8 @@ class Counters:
     preemptions: int = 0
     recoveries: int = 0  # requests begun again on a new TP group
     embed_hits: int = 0
-    embed_misses: int = 0
+    embed_host_hits: int = 0  # not in a slab, but in a ViT's host memory
+    embed_misses: int = 0  # in neither
     embed_displacements: int = 0  # rows taken from a request by a more urgent one
     encodes: int = 0
     unwanted_pixels: int = 0

@@ -126,7 +126,7 @@ class State:
             case MediaReady():
                 self.media.add_worker(name, peer.epoch, capabilities.arena_bytes)
             case VitReady():
-                self.embeds.add_slab(name, peer.epoch, capabilities.slab)
+                self.embeds.add_slab(name, peer.epoch, capabilities.slab, capabilities.num_host_pages)
                 if self.llm.is_up:
                     self._attach(self.embeds.slabs[name])
             case LlmReady():
@@ -162,9 +162,13 @@ class State:
         """When to call advance although nothing has come in; None: not needed."""
         return self.media.wake_at_s
 
-    def reset_caches(self, now_s: float) -> list[Send]:
-        """Forget everything that no request is using."""
+    def reset_prefix_cache(self, now_s: float) -> list[Send]:
+        """Forget the blocks that no request is using."""
         self.planner.kv.reset()
+        return self._settle(now_s)
+
+    def reset_embedding_cache(self, now_s: float) -> list[Send]:
+        """Forget the rows that no request is using, in both tiers."""
         self.embeds.reset()
         return self._settle(now_s)
 
@@ -183,9 +187,11 @@ class State:
         return {
             "prefix_cache_queries_total": counters.prompt_tokens if self.prefix_caching else 0,
             "prefix_cache_hits_total": counters.prompt_tokens_cached,
-            "embedding_cache_queries_total": counters.embed_hits + counters.embed_misses,
+            "embedding_cache_queries_total": counters.embed_hits + counters.embed_host_hits + counters.embed_misses,
             "embedding_cache_hits_total": counters.embed_hits,
             "embedding_cache_evictions_total": self.embeds.num_evictions,
+            "embedding_cache_host_hits_total": counters.embed_host_hits,
+            "embedding_cache_host_evictions_total": self.embeds.num_host_evictions,
             "preemptions_total": counters.preemptions,
             "recomputations_total": counters.recoveries,
             "prompt_tokens_total": counters.prompt_tokens,
@@ -194,13 +200,16 @@ class State:
 
     def gauges(self) -> dict[str, float]:
         pool = self.planner.kv.pool
-        books = [slab.books for slab in self.embeds.slabs.values()]
+        slabs = self.embeds.slabs.values()
+        books = [slab.books for slab in slabs]
         num_pages = sum(book.num_pages for book in books)
         return {
             "requests_running": len(self.planner.running),
             "requests_waiting": len(self.planner.waiting),
             "kv_cache_usage_ratio": 1 - pool.num_free / pool.num_blocks if pool.num_blocks else 0.0,
             "embedding_cache_usage_ratio": 1 - sum(book.num_free for book in books) / num_pages if num_pages else 0.0,
+            "embedding_cache_bytes": sum(slab.num_ready_pages * slab.page_bytes for slab in slabs),
+            "embedding_cache_host_bytes": sum(slab.host.num_copy_pages * slab.page_bytes for slab in slabs),
         }
 
     # ------------------------------------------------------------ what goes out

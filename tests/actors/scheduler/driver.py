@@ -28,6 +28,7 @@ from vlmrt.runtime.messages import (
     NeedMedia,
     PixelsReady,
     RequestId,
+    Restore,
     Sampling,
     StepPlan,
     StepResult,
@@ -42,6 +43,7 @@ M = TypeVar("M", bound=Message)
 
 STOP = 99  # the stop token of every request made here
 PAGE_ROWS = 2
+WIDTH = 8
 PIXEL_BYTES = 1000
 
 
@@ -54,13 +56,14 @@ def messages(sends: Iterable[Send], kind: type[M], peer: str | None = None) -> l
 
 
 class Driver:
-    """Options: num_blocks, num_pages, arena_bytes, vits, medias, tp; the rest are SchedulingOptions."""
+    """Options: num_blocks, num_pages, num_host_pages, arena_bytes, vits, medias, tp; the rest are SchedulingOptions."""
 
     def __init__(
         self,
         *,
         num_blocks: int = 50,
         num_pages: int = 20,
+        num_host_pages: int = 0,
         arena_bytes: int = 1 << 20,
         vits: int = 1,
         medias: int = 1,
@@ -70,6 +73,7 @@ class Driver:
         **scheduling: Any,
     ) -> None:
         self.num_blocks, self.num_pages, self.arena_bytes, self.tp = num_blocks, num_pages, arena_bytes, tp
+        self.num_host_pages = num_host_pages
         self.state = State(
             make_config(
                 model=ModelOptions(directory="", served_names=("fake",), max_model_len=max_model_len),
@@ -95,7 +99,8 @@ class Driver:
             case "media":
                 return MediaReady(self.arena_bytes)
             case "vit":
-                return VitReady(HostSlabExport(f"slab/{name}", self.num_pages, PAGE_ROWS, 8, "float32"))
+                slab = HostSlabExport(f"slab/{name}", self.num_pages, PAGE_ROWS, WIDTH, "float32")
+                return VitReady(slab, self.num_host_pages)
             case _:
                 return LlmReady(self.num_blocks)
 
@@ -147,7 +152,10 @@ class Driver:
     def embeds(self, encode: Encode, vit: str = "vit:0") -> list[Send]:
         return self.event(vit, EmbedsReady(encode.encode_id, encode.grid_thw[2]))
 
-    def encode_failed(self, encode: Encode, error: Any, vit: str = "vit:0") -> list[Send]:
+    def restored(self, restore: Restore, vit: str = "vit:0") -> list[Send]:
+        return self.event(vit, EmbedsReady(restore.encode_id, restore.num_rows))
+
+    def encode_failed(self, encode: Encode | Restore, error: Any, vit: str = "vit:0") -> list[Send]:
         return self.event(vit, EncodeFailed(encode.encode_id, error))
 
     def make_ready(self, name: str) -> list[Send]:

@@ -341,5 +341,6 @@ def test_a_reset_forgets_what_nobody_uses() -> None:
     driver.submit("r1", 10, (image("a", 2, 4),), max_tokens=1)
     driver.make_ready("a")
     driver.run()
-    driver.state.reset_caches(0.0)
+    driver.state.reset_prefix_cache(0.0)
+    driver.state.reset_embedding_cache(0.0)
     assert needs(driver.submit("r2", 10, (image("a", 2, 4),))) == [("r2", "a", "media:0")]

@@ -18,6 +18,7 @@ any_sizes = st.builds(
     num_blocks=st.sampled_from((12, 18, 24, 60)),
     block_size=st.sampled_from((1, 3, 4)),
     num_pages=st.sampled_from((5, 7, 8, 16)),
+    num_host_pages=st.sampled_from((0, 2, 6, 12, 40)),
     arena_bytes=st.sampled_from((6_000, 12_000, 30_000, 100_000)),
     max_num_seqs=st.sampled_from((1, 2, 4, 8)),
     max_waiting=st.sampled_from((0, 5, 20)),
@@ -30,6 +31,7 @@ any_sizes = st.builds(
     prefix_caching=st.booleans(),
     embedding_caching=st.booleans(),
     no_memory=st.sampled_from((0.0, 0.01, 0.1)),
+    no_restore=st.sampled_from((0.0, 0.1)),
 )
 seeds = st.integers(0, 2**32)
 unhurried = {"deadline": None, "suppress_health_check": (HealthCheck.too_slow,), "database": None}
@@ -57,19 +59,23 @@ def test_caches_do_not_change_what_is_generated() -> None:
     sizes = Sizes(max_waiting=100, num_blocks=60)
     worlds = [
         run_world(
-            dataclasses.replace(sizes, prefix_caching=prefix, embedding_caching=embedding),
+            dataclasses.replace(
+                sizes, prefix_caching=prefix, embedding_caching=embedding, num_host_pages=num_host_pages
+            ),
             7,
             60,
             deaths=False,
             aborts=False,
         )
         for prefix in (False, True)
-        for embedding in (False, True)
+        for embedding, num_host_pages in ((False, 0), (True, 0), (True, 30))
     ]
     ends = [{name: (c.token_ids, c.finish_reason, c.error) for name, c in w.clients.items()} for w in worlds]
-    assert ends[0] == ends[1] == ends[2] == ends[3]
+    assert all(each == ends[0] for each in ends)
     assert len(ends[0]) == 60
-    without, with_both = worlds[0], worlds[-1]
+    without, with_slab, with_host = worlds[:3]
+    with_both = worlds[4]
+    assert num_encoded(with_host) < num_encoded(with_slab) < num_encoded(without)
     assert num_encoded(with_both) < num_encoded(without)
     assert without.state.counters.prompt_tokens_cached == 0
     assert with_both.state.counters.prompt_tokens_cached > 100
@@ -81,9 +87,19 @@ def num_encoded(world: World) -> int:
 
 def test_the_random_services_do_what_they_are_meant_to_try() -> None:
     """Preemptions, displaced rows, dropped pixels, discarded tokens, recoveries: all of them happen."""
-    tight = Sizes(num_blocks=18, num_pages=7, arena_bytes=12_000, max_num_batched_tokens=8, no_memory=0.01)
+    tight = Sizes(
+        num_blocks=18,
+        num_pages=7,
+        num_host_pages=9,
+        arena_bytes=12_000,
+        max_num_batched_tokens=8,
+        no_memory=0.01,
+        no_restore=0.1,
+    )
     worlds = [run_world(tight, seed, 80) for seed in range(6)]
     assert any(client.error == "out_of_memory" for world in worlds for client in world.clients.values())
+    assert sum(world.state.embeds.num_host_evictions for world in worlds) > 0
+    assert sum(vit.num_restored for world in worlds for vit in world.vits.values()) > 0
     for name in (
         "preemptions",
         "embed_displacements",
@@ -91,6 +107,7 @@ def test_the_random_services_do_what_they_are_meant_to_try() -> None:
         "recoveries",
         "unwanted_pixels",
         "embed_hits",
+        "embed_host_hits",
         "prompt_tokens_cached",
         "requests_aborted",
         "requests_stopped",
