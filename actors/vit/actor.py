@@ -99,9 +99,9 @@ class VitActor:
     async def peer_up(self, peer: PeerUp) -> None:
         if peer.actor == SCHEDULER and peer.epoch != self._scheduler_epoch:
             self._forget_queued()
+            self._scheduler_epoch = peer.epoch
             if self._restoring is not None:  # into pages that this scheduler gives out anew
                 await asyncio.wait((self._restoring,))
-            self._scheduler_epoch = peer.epoch
 
     async def peer_down(self, peer: PeerDown) -> None:
         """Nobody waits for what that scheduler asked for; its successor gives the pages out anew."""

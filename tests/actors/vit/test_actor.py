@@ -472,6 +472,27 @@ async def test_a_fault_of_the_device_ends_the_actor(message: Encode | Restore, t
         await run_one(message, encoder, tmp_path, 60.0)
 
 
+async def test_a_new_scheduler_is_heard_after_what_its_predecessor_had_restored(tmp_path: Path) -> None:
+    encoder = FakeEncoder()
+    async with FakeContext("vit:0", tmp_path) as context:
+        actor = VitActor(cast(ActorContext, context), lambda _: encoder)
+        await actor.start()
+        await actor.peer_up(peer_up("scheduler:0", SchedulerReady()))
+        await actor.handle(RESTORE, SCHEDULER)
+        await asyncio.sleep(0)
+        successor = asyncio.create_task(actor.peer_up(peer_up("scheduler:0", SchedulerReady(), epoch=2)))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not successor.done()
+        encoder.open.set()
+        await successor
+        await actor.handle(msgspec.structs.replace(RESTORE, encode_id=2), SCHEDULER)
+        answer = await context.outbox.next()
+        assert answer.message == EmbedsReady(2, 1)
+        assert context.outbox.take() == []
+        await actor.stop(1.0)
+
+
 async def test_a_start_that_cannot_work_says_why(tmp_path: Path) -> None:
     async with FakeContext("vit:0", tmp_path, make_config(tmp_path)) as context:
         with pytest.raises(StartupError, match=r"config\.json"):
