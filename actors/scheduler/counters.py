@@ -26,7 +26,8 @@ class Counters:
     preemptions: int = 0
     recoveries: int = 0  # requests begun again on a new TP group
     embed_hits: int = 0
-    embed_misses: int = 0
+    embed_host_hits: int = 0  # not in a slab, but in a ViT's host memory
+    embed_misses: int = 0  # in neither
     media_lookups: int = 0
     media_lookup_hits: int = 0
     embed_displacements: int = 0  # rows taken from a request by a more urgent one

@@ -1,4 +1,4 @@
-"""The way of an image that is wanted and not in a slab: asked of an edge, decoded, encoded.
+"""The way of an image that is wanted and not in a slab: asked of an edge, decoded, encoded; or restored.
 
 One job per mm_hash, however many requests want it.  Scarce places (decodes at once, arena bytes, slab pages) go to jobs
 in the order of their most urgent reader, and the most urgent job of all may take them from later ones: so it always
@@ -33,6 +33,7 @@ from vlmrt.runtime.messages import (
     NeedMedia,
     PixelsReady,
     RequestId,
+    Restore,
 )
 
 UNSENT_RETRY_S = 0.02
@@ -49,6 +50,8 @@ class Stage(enum.Enum):
     DECODING = "decoding"  # an edge has been asked to hand it to a media worker
     DECODED = "decoded"  # pixels in an arena, no pages yet
     ENCODING = "encoding"  # pages are allocated, a ViT is at it
+    KEPT = "kept"  # rows in a ViT's host memory, no pages yet
+    RESTORING = "restoring"  # pages are allocated, the ViT copies the rows back
 
 
 @dataclass(slots=True, eq=False)
@@ -75,6 +78,10 @@ class Job:
     def num_patches(self) -> int:
         return self.grid_thw[0] * self.grid_thw[1] * self.grid_thw[2]
 
+    @property
+    def is_at_vit(self) -> bool:
+        return self.stage in (Stage.ENCODING, Stage.RESTORING)
+
 
 @dataclass(slots=True, eq=False)
 class Worker:
@@ -96,7 +103,8 @@ class MediaWork:
         self.workers: dict[ActorName, Worker] = {}
         self.decoding: dict[MmHash, Job] = {}
         self.decoded: dict[MmHash, Job] = {}
-        self.encoding: dict[int, Job] = {}  # by encode_id
+        self.kept: dict[MmHash, Job] = {}
+        self.encoding: dict[int, Job] = {}  # or restoring; by encode_id
         self.holders: dict[RequestId, Request] = {}  # those that hold what they name by uuid alone
         self.failures: list[tuple[list[RequestId], WireError]] = []
         self.retry_at_s: dict[MmHash, float] = {}  # needed, but not to be asked for before then
@@ -165,9 +173,13 @@ class MediaWork:
             if self.embeds.ready_entry(item.mm_hash) is not None:
                 self._counters.embed_hits += 1
                 return
-            self._counters.embed_misses += 1
             job = self.jobs[item.mm_hash] = Job(item.mm_hash, item.grid_thw, item.num_tokens)
-        if job.stage is Stage.NEEDED:
+            self._line_up(job)
+            if job.stage is Stage.KEPT:
+                self._counters.embed_host_hits += 1
+            else:
+                self._counters.embed_misses += 1
+        elif job.stage is Stage.NEEDED:
             self._push_needed(job, key)
 
     def _leave(self, mm_hash: MmHash, request_id: RequestId) -> None:
@@ -184,7 +196,7 @@ class MediaWork:
 
     def _drop_unread(self, job: Job) -> None:
         """Nobody reads it: only what has pages already goes on, and only for those who hold it."""
-        if job.stage is not Stage.ENCODING:
+        if not job.is_at_vit:
             self._end_job(job)
         elif not job.is_cancelled and job.mm_hash not in self.embeds.holds:
             job.is_cancelled = True
@@ -266,7 +278,7 @@ class MediaWork:
     # ------------------------------------------------------------ ViTs
 
     def drop_vit(self, name: ActorName) -> None:
-        """Its incarnation is gone: what it was encoding is done once more, what lay ready is wanted anew."""
+        """Its incarnation is gone: what it was encoding is done once more, what lay there is wanted anew."""
         for entry in self.embeds.drop_slab(name):
             job = self.jobs.get(entry.mm_hash)
             if job is not None:
@@ -278,6 +290,8 @@ class MediaWork:
                     self._encode_anew(job)
             elif entry.mm_hash in self.embeds.readers:
                 self._begin_again(entry)
+        for job in [job for job in self.kept.values() if self.embeds.host_slab(job.mm_hash) is None]:
+            self._ask_anew(job)
 
     def on_embeds_ready(self, sender: ActorName, encode_id: int, num_rows: int) -> Iterable[RequestId]:
         """Returns the requests that wait for these rows."""
@@ -286,22 +300,30 @@ class MediaWork:
             return ()
         entry = self.embeds.entries[job.mm_hash]
         if num_rows != job.num_rows:
-            self.embeds.remove(entry)
+            self.embeds.forget(entry)
             message = f"image {job.mm_hash} has {num_rows} rows where the prompt has {job.num_rows} places"
             self._fail(job, WireError(500, message, "vision_rows_mismatch"))
             return ()
-        self._counters.encodes += 1
+        self._counters.encodes += job.stage is Stage.ENCODING
         self.embeds.complete(entry)
         self._end_job(job)
         return tuple(self.embeds.readers.get(job.mm_hash, ()))
 
     def on_encode_failed(self, sender: ActorName, encode_id: int, error: WireError) -> None:
-        """A 4xx is the image's fault and final; anything else is tried once more."""
+        """A 4xx is the image's fault and final; anything else is tried once more.
+
+        A restore that failed is not: its copy in host memory is forgotten, and the image is decoded afresh.
+        """
         job = self._answered(sender, encode_id)
         if job is None:
             return
-        self.embeds.remove(self.embeds.entries[job.mm_hash])
+        entry = self.embeds.entries[job.mm_hash]
         if job.is_cancelled and error.code == "cancelled":
+            self.embeds.remove(entry)
+            self._encode_anew(job)
+            return
+        self.embeds.forget(entry)
+        if job.stage is Stage.RESTORING:
             self._encode_anew(job)
         elif error.status >= 500 and job.num_encode_failures == 0 and job.mm_hash in self.embeds.readers:
             job.num_encode_failures += 1  # its arena may have vanished under the ViT: begin with fresh pixels
@@ -314,11 +336,12 @@ class MediaWork:
         if job is None or job.vit != sender:
             return None
         del self.encoding[encode_id]
-        self.embeds.slabs[sender].num_encoding_patches -= job.num_patches
+        if job.stage is Stage.ENCODING:
+            self.embeds.slabs[sender].num_encoding_patches -= job.num_patches
         return job
 
     def _encode_anew(self, job: Job) -> None:
-        """Back to its pixels if they still exist, if anybody still wants it."""
+        """Back to its copy in host memory or its pixels, whatever still exists, if anybody still wants it."""
         if job.mm_hash not in self.embeds.readers:
             self._end_job(job)
             return
@@ -329,9 +352,9 @@ class MediaWork:
             self.decoded[job.mm_hash] = job
 
     def _begin_again(self, entry: Entry) -> None:
-        """Rows that are gone although somebody has to read them."""
+        """Rows that are gone from their slab although somebody has to read them."""
         job = self.jobs[entry.mm_hash] = Job(entry.mm_hash, entry.grid_thw, entry.num_rows)
-        self._push_needed(job, self.embeds.first_key(entry.mm_hash))
+        self._line_up(job)
 
     # ------------------------------------------------------------ stages of a job
 
@@ -347,11 +370,20 @@ class MediaWork:
         job.is_cancelled, job.vit, job.encode_id, job.no_pages_since_s = False, None, -1, None
         self.decoding.pop(job.mm_hash, None)
         self.decoded.pop(job.mm_hash, None)
+        self.kept.pop(job.mm_hash, None)
         self.retry_at_s.pop(job.mm_hash, None)
 
     def _ask_anew(self, job: Job) -> None:
         self._reset(job)
-        self._push_needed(job, self.embeds.first_key(job.mm_hash))
+        self._line_up(job)
+
+    def _line_up(self, job: Job) -> None:
+        """Where a job begins that holds nothing: at its copy in host memory, or at an edge."""
+        if self.embeds.host_slab(job.mm_hash) is not None:
+            job.stage = Stage.KEPT
+            self.kept[job.mm_hash] = job
+        else:
+            self._push_needed(job, self.embeds.first_key(job.mm_hash))
 
     def _end_job(self, job: Job) -> None:
         self._reset(job)
@@ -366,37 +398,57 @@ class MediaWork:
     # ------------------------------------------------------------ what happens next
 
     def pump(self, now_s: float) -> None:
-        """Start whatever can start: encodes, then decodes, each in the order of the most urgent reader."""
+        """Start whatever can start: encodes and restores, then decodes, in the order of the most urgent reader."""
         for mm_hash, at_s in list(self.retry_at_s.items()):
             if at_s <= now_s:
                 self._ask_anew(self.jobs[mm_hash])
         self.give_up_at_s = None
-        if self.decoded:
-            self._start_encodes(now_s)
+        if self.decoded or self.kept:
+            self._fill_slabs(now_s)
         self._unblock_arena(now_s)
         if self._needed:
             self._start_decodes(now_s)
 
-    def _start_encodes(self, now_s: float) -> None:
-        """Strictly in order: a large image is not starved by the small ones behind it."""
-        if not self.embeds.slabs:
-            return
-        for key, mm_hash in sorted((self.embeds.first_key(mm_hash), mm_hash) for mm_hash in self.decoded):
-            job = self.decoded[mm_hash]
-            slabs = sorted(self.embeds.slabs.values(), key=lambda slab: slab.num_encoding_patches)
-            slabs = [slab for slab in slabs if slab.num_pages_for(job.num_rows) <= slab.export.num_pages]
+    def _fill_slabs(self, now_s: float) -> None:
+        """Strictly in order for each slab: a large image is not starved by the small ones behind it."""
+        closed: set[ActorName] = set()  # slabs that somebody waits for
+        for key, mm_hash in sorted(
+            (self.embeds.first_key(mm_hash), mm_hash) for mm_hash in (*self.decoded, *self.kept)
+        ):
+            if len(closed) == len(self.embeds.slabs):
+                return
+            job = self.jobs[mm_hash]
+            slabs = self._slabs_for(job)
             if not slabs:
                 self._fail(job, _too_large(job, self.embeds.slabs.values()))
                 continue
-            if self._start_encode(job, slabs, None):
-                continue
-            if not self._is_most_urgent(key):
-                return
-            while not self._start_encode(job, slabs, key):
-                if not self._give_up_holds(job, key, now_s):
-                    return
+            slabs = [slab for slab in slabs if slab.vit not in closed]
+            if (
+                slabs
+                and not self._allocate(job, slabs, None)
+                and not (self._is_most_urgent(key) and self._allocate_from_others(job, slabs, key, now_s))
+            ):
+                closed.update(slab.vit for slab in slabs)
 
-    def _start_encode(self, job: Job, slabs: list[Slab], displace_after: MediaKey | None) -> bool:
+    def _allocate_from_others(self, job: Job, slabs: list[Slab], key: MediaKey, now_s: float) -> bool:
+        """Pages that later readers wait for and, after a while, such as others hold."""
+        while not self._allocate(job, slabs, key):
+            if not self._give_up_holds(job, key, now_s):
+                return False
+        return True
+
+
+    def _slabs_for(self, job: Job) -> list[Slab]:
+        """Where its rows may go, the least loaded ViT first; a copy in host memory goes back to its own ViT's slab."""
+        if job.stage is Stage.KEPT:
+            slab = self.embeds.host_slab(job.mm_hash)
+            assert slab is not None, f"the copy of {job.mm_hash} in host memory was dropped although it is wanted"
+            return [slab]
+        slabs = sorted(self.embeds.slabs.values(), key=lambda slab: slab.num_encoding_patches)
+        return [slab for slab in slabs if slab.num_pages_for(job.num_rows) <= slab.export.num_pages]
+
+    def _allocate(self, job: Job, slabs: list[Slab], displace_after: MediaKey | None) -> bool:
+        """Pages in one of these slabs, and the message that fills them."""
         for slab in slabs:
             begun = self.embeds.begin(job.mm_hash, job.grid_thw, slab, job.num_rows, displace_after=displace_after)
             if begun is None:
@@ -405,15 +457,13 @@ class MediaWork:
             for lost in displaced:
                 self._counters.embed_displacements += 1
                 self._begin_again(lost)
-            del self.decoded[job.mm_hash]
-            assert job.pixels is not None
-            job.stage, job.vit, job.encode_id = Stage.ENCODING, slab.vit, self._next_encode_id
-            job.no_pages_since_s = None
+            job.vit, job.encode_id, job.no_pages_since_s = slab.vit, self._next_encode_id, None
             self._next_encode_id += 1
             self.encoding[job.encode_id] = job
-            slab.num_encoding_patches += job.num_patches
-            encode = Encode(job.encode_id, job.mm_hash, job.grid_thw, job.pixels, job.shape, entry.pages)
-            self._send(slab.vit, encode)
+            if job.stage is Stage.KEPT:
+                self._restore(job, slab, entry)
+            else:
+                self._encode(job, slab, entry)
             return True
         return False
 
@@ -432,6 +482,20 @@ class MediaWork:
             return False
         self._stop_holding(max(holders, key=lambda request: request.key))
         return True
+
+    def _restore(self, job: Job, slab: Slab, entry: Entry) -> None:
+        del self.kept[job.mm_hash]
+        job.stage = Stage.RESTORING
+        host_pages = slab.host.pages[job.mm_hash]
+        self._send(slab.vit, Restore(job.encode_id, job.mm_hash, job.num_rows, host_pages, entry.pages))
+
+    def _encode(self, job: Job, slab: Slab, entry: Entry) -> None:
+        del self.decoded[job.mm_hash]
+        job.stage = Stage.ENCODING
+        slab.num_encoding_patches += job.num_patches
+        assert job.pixels is not None
+        encode = Encode(job.encode_id, job.mm_hash, job.grid_thw, job.pixels, job.shape, entry.pages, entry.host_pages)
+        self._send(slab.vit, encode)
 
     def _unblock_arena(self, now_s: float) -> None:
         """If the most urgent decode takes very long, free later pixels in its arena, one by one.
@@ -494,11 +558,11 @@ class MediaWork:
         return None
 
     def _is_most_urgent(self, key: MediaKey) -> bool:
-        """Whether no job before its encode has a more urgent reader."""
+        """Whether no job that has no pages yet has a more urgent reader."""
         first = self._first_needed()
         if first is not None and self.embeds.first_key(first.mm_hash) < key:
             return False
-        waiting = (*self.decoding, *self.decoded, *self.retry_at_s)
+        waiting = (*self.decoding, *self.decoded, *self.kept, *self.retry_at_s)
         return all(self.embeds.first_key(mm_hash) >= key for mm_hash in waiting)
 
     def _drop_last_pixels(self, key: MediaKey) -> bool:

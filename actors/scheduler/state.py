@@ -142,7 +142,7 @@ class State:
             case MediaReady():
                 self.media.add_worker(name, peer.epoch, capabilities.arena_bytes)
             case VitReady():
-                self.embeds.add_slab(name, peer.epoch, capabilities.slab)
+                self.embeds.add_slab(name, peer.epoch, capabilities.slab, capabilities.num_host_pages)
                 if self.llm.is_up:
                     self._attach(self.embeds.slabs[name])
             case LlmReady():
@@ -184,7 +184,7 @@ class State:
         return self._settle(now_s)
 
     def reset_embedding_cache(self, now_s: float) -> list[Send]:
-        """Forget the rows of all images that no request is using, and the names given to images."""
+        """Forget the rows of all images that no request is using, in both tiers, and the names given to images."""
         self.embeds.reset()
         self.aliases.clear()
         return self._settle(now_s)
@@ -207,9 +207,11 @@ class State:
             "prefix_cache_evictions_total": counters.block_evictions,
             "prefix_cache_host_hits_total": counters.prompt_tokens_host_cached,
             "prefix_cache_host_evictions_total": counters.host_block_evictions,
-            "embedding_cache_queries_total": counters.embed_hits + counters.embed_misses,
+            "embedding_cache_queries_total": counters.embed_hits + counters.embed_host_hits + counters.embed_misses,
             "embedding_cache_hits_total": counters.embed_hits,
             "embedding_cache_evictions_total": self.embeds.num_evictions,
+            "embedding_cache_host_hits_total": counters.embed_host_hits,
+            "embedding_cache_host_evictions_total": self.embeds.num_host_evictions,
             "media_lookups_total": counters.media_lookups,
             "media_lookup_hits_total": counters.media_lookup_hits,
             "preemptions_total": counters.preemptions,
@@ -221,7 +223,8 @@ class State:
     def gauges(self) -> dict[str, float]:
         kv, block_bytes = self.planner.kv, self.llm.block_bytes
         pool = kv.pool
-        books = [slab.books for slab in self.embeds.slabs.values()]
+        slabs = self.embeds.slabs.values()
+        books = [slab.books for slab in slabs]
         num_pages = sum(book.num_pages for book in books)
         return {
             "requests_running": len(self.planner.running),
@@ -230,6 +233,8 @@ class State:
             "prefix_cache_bytes": len(kv) * block_bytes,
             "prefix_cache_host_bytes": len(kv.host) * block_bytes,
             "embedding_cache_usage_ratio": 1 - sum(book.num_free for book in books) / num_pages if num_pages else 0.0,
+            "embedding_cache_bytes": sum(slab.num_ready_pages * slab.page_bytes for slab in slabs),
+            "embedding_cache_host_bytes": sum(slab.host.num_copy_pages * slab.page_bytes for slab in slabs),
             "media_aliases": len(self.aliases),
         }
 

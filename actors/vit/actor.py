@@ -1,4 +1,4 @@
-"""One vision tower: Encode -> EmbedsReady or EncodeFailed; owns the slab that the rows lie in."""
+"""One vision tower: Encode or Restore -> EmbedsReady or EncodeFailed; owns the slab that the rows lie in."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from vlmrt.runtime.messages import (
     Epoch,
     PeerDown,
     PeerUp,
+    Restore,
     ServiceStatus,
     SlabExport,
     VitInbox,
@@ -31,6 +32,7 @@ from vlmrt.runtime.messages import (
 
 SCHEDULER = ActorName("scheduler:0")
 MAX_QUEUED = 4096
+MAX_RESTORED_TOGETHER = 16  # images; the first of many are answered early
 MAX_WATCH_INTERVAL_S = 1.0
 Given = TypeVar("Given")
 Result = TypeVar("Result")
@@ -43,6 +45,11 @@ class BatchEncoder(Protocol):
 
     @property
     def export(self) -> SlabExport: ...
+
+    @property
+    def num_host_pages(self) -> int: ...
+
+    def restore(self, restores: Sequence[Restore]) -> list[Answer]: ...
 
     def begin(self, batch: Sequence[Encode]) -> EncodeBatch: ...
 
@@ -67,32 +74,39 @@ class EncodeStuck(VlmrtError):
 
 
 class VitActor:
-    """The shell of a tower: a queue, one thread that encodes, and the answers."""
+    """The shell of a tower: two queues, one thread that encodes, one that restores, and the answers."""
 
     def __init__(self, context: ActorContext, load: Callable[[ActorContext], BatchEncoder] = load_encoder) -> None:
         self._context = context
         self._load = load
         self._queue = EncodeQueue(context.config.parallel.max_patches_per_batch, MAX_QUEUED)
         self._queued = asyncio.Event()
+        self._restores: dict[int, Restore] = {}  # by encode_id, oldest first
+        self._restores_queued = asyncio.Event()
+        self._restoring: asyncio.Future[list[Answer]] | None = None  # what the thread was given last
         self._scheduler_epoch: Epoch | None = None
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
+        self._restore_executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="restore")
         self._encoder: BatchEncoder | None = None
 
     async def start(self) -> VitReady:
         loop = asyncio.get_running_loop()
         self._encoder = await loop.run_in_executor(self._executor, self._load, self._context)
         self._context.create_task(self._encode_forever(self._encoder), "encode")
-        return VitReady(self._encoder.export)
+        self._context.create_task(self._restore_forever(self._encoder), "restore")
+        return VitReady(self._encoder.export, self._encoder.num_host_pages)
 
     async def peer_up(self, peer: PeerUp) -> None:
         if peer.actor == SCHEDULER and peer.epoch != self._scheduler_epoch:
-            self._queue.clear()
+            self._forget_queued()
             self._scheduler_epoch = peer.epoch
+            if self._restoring is not None:  # into pages that this scheduler gives out anew
+                await asyncio.wait((self._restoring,))
 
     async def peer_down(self, peer: PeerDown) -> None:
         """Nobody waits for what that scheduler asked for; its successor gives the pages out anew."""
         if peer.actor == SCHEDULER and peer.epoch == self._scheduler_epoch:
-            self._queue.clear()
+            self._forget_queued()
             self._scheduler_epoch = None
 
     async def status(self, status: ServiceStatus) -> None:
@@ -105,17 +119,29 @@ class VitActor:
                     self._queued.set()
                 else:
                     self._refuse(message.encode_id, f"{MAX_QUEUED} images are queued already", 503, "overloaded")
+            case Restore():
+                if len(self._restores) < MAX_QUEUED:
+                    self._restores[message.encode_id] = message
+                    self._restores_queued.set()
+                else:
+                    self._refuse(message.encode_id, f"{MAX_QUEUED} images are queued already", 503, "overloaded")
             case CancelEncode():
-                if self._queue.cancel(message.encode_id):
+                restore = self._restores.pop(message.encode_id, None)
+                if restore is not None or self._queue.cancel(message.encode_id):
                     self._refuse(message.encode_id, "nobody waits for this image any more", 499, "cancelled")
             case _:
                 assert_never(message)
 
     async def stop(self, grace_s: float) -> None:
-        self._queue.clear()
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        self._forget_queued()
+        for executor in (self._executor, self._restore_executor):
+            executor.shutdown(wait=False, cancel_futures=True)
         if self._encoder is not None:
             self._encoder.close()
+
+    def _forget_queued(self) -> None:
+        self._queue.clear()
+        self._restores.clear()
 
     async def _encode_forever(self, encoder: BatchEncoder) -> None:
         """One batch after the other; the next is read while the device works through the last layers of this one."""
@@ -147,7 +173,28 @@ class VitActor:
     async def _finish(self, encoder: BatchEncoder, begun: _Begun) -> None:
         answers = await self._in_thread(encoder, encoder.finish, begun.batch)
         self._count(begun.num_images, answers, time.perf_counter() - begun.started_s)
-        if begun.epoch == self._scheduler_epoch:
+        self._answer(begun.epoch, answers)
+
+    async def _restore_forever(self, encoder: BatchEncoder) -> None:
+        """A few images at a time, oldest first, beside whatever is being encoded.  Raises: EncodeStuck."""
+        limit_s = self._context.config.supervision.step_timeout_s
+        while True:
+            await self._restores_queued.wait()
+            await gate(self._context, "vit.restore")
+            batch = [self._restores.pop(encode_id) for encode_id in list(self._restores)[:MAX_RESTORED_TOGETHER]]
+            if not self._restores:
+                self._restores_queued.clear()
+            epoch = self._scheduler_epoch
+            loop = asyncio.get_running_loop()
+            self._restoring = loop.run_in_executor(self._restore_executor, encoder.restore, batch)
+            done, _ = await asyncio.wait((self._restoring,), timeout=limit_s)
+            if not done:
+                raise EncodeStuck(f"{len(batch)} images are not restored after {limit_s:g} s (step_timeout_s)")
+            self._answer(epoch, self._restoring.result())
+
+    def _answer(self, epoch: Epoch | None, answers: Sequence[Answer]) -> None:
+        """Tell the scheduler that asked, if it still lives."""
+        if epoch == self._scheduler_epoch:
             for answer in answers:
                 self._context.outbox.send(SCHEDULER, answer)
 

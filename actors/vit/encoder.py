@@ -1,4 +1,7 @@
-"""A batch of Encodes -> rows in the slab and one answer each: what the ViT's worker thread does."""
+"""A batch of Encodes -> rows in the slab and one answer each: what the ViT's worker thread does.
+
+Restores are another thread's: rows that were encoded before come back from host memory, whatever is being encoded.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,11 @@ import torch
 
 from vlmrt.actors.models.config import VisionConfig
 from vlmrt.actors.vit.engines.engine import Pixels, VisionEngine
+from vlmrt.actors.vit.host_rows import HostRows
 from vlmrt.kernels.transfer import to_device
 from vlmrt.runtime.errors import RequestError
-from vlmrt.runtime.messages import ActorName, ArenaRef, EmbedsReady, Encode, EncodeFailed, Epoch, SlabExport
-from vlmrt.runtime.slab import EmbeddingSlab, row_index
+from vlmrt.runtime.messages import ActorName, ArenaRef, EmbedsReady, Encode, EncodeFailed, Epoch, Restore, SlabExport
+from vlmrt.runtime.slab import EmbeddingSlab, num_pages_for, row_index
 
 Answer = EmbedsReady | EncodeFailed
 
@@ -49,13 +53,19 @@ class EncodeBatch:
 
 
 class Encoder:
-    """The engine, the slab it writes to and the arenas it reads from."""
+    """The engine, the slab it writes to, the host memory behind that and the arenas it reads from."""
 
     def __init__(
-        self, engine: VisionEngine[Any], slab: EmbeddingSlab, reader: PixelReader, vision: VisionConfig
+        self,
+        engine: VisionEngine[Any],
+        slab: EmbeddingSlab,
+        host_rows: HostRows,
+        reader: PixelReader,
+        vision: VisionConfig,
     ) -> None:
         self._engine = engine
         self.slab = slab
+        self._host_rows = host_rows
         self._reader = reader
         self._vision = vision
         self.beat_s = time.monotonic()  # when the last quantum ended; who waits for a batch sees whether it moves
@@ -64,9 +74,30 @@ class Encoder:
     def export(self) -> SlabExport:
         return self.slab.export()
 
+    @property
+    def num_host_pages(self) -> int:
+        return self._host_rows.num_pages
+
     def close(self) -> None:
         self._reader.close()
         self.slab.close()
+        self._host_rows.close()
+
+    def restore(self, restores: Sequence[Restore]) -> list[Answer]:
+        """Rows from host memory into the slab; one answer for each image, when they are there.
+
+        From any thread, beside begin, issue and finish: nobody else writes these pages, nobody writes the host's.
+        """
+        answers: list[Answer] = []
+        checked: list[Restore] = []
+        for restore in restores:
+            try:
+                self._check_restore(restore)
+                checked.append(restore)
+            except RequestError as error:
+                answers.append(EncodeFailed(restore.encode_id, error.to_wire()))
+        self._host_rows.restore(checked)
+        return answers + [EmbedsReady(restore.encode_id, restore.num_rows) for restore in checked]
 
     def begin(self, batch: Sequence[Encode]) -> EncodeBatch:
         """Read a batch's pixels and bring them to the device, behind what it is doing.
@@ -85,12 +116,12 @@ class Encoder:
         return begun
 
     def issue(self, begun: EncodeBatch) -> None:
-        """Run all layers; returns when the last ones and the copy into the slab are queued on the device."""
+        """Run all layers; returns when the last ones and the copies of the rows are queued on the device."""
         if begun.images and begun.problem is None:
             begun.problem = self._try(partial(self._run_layers, begun))
 
     def finish(self, begun: EncodeBatch) -> list[Answer]:
-        """One answer for each image, when the rows are in the slab; those of a batch that failed are tried alone."""
+        """One answer for each image, when all copies of its rows are there; a batch that failed is tried one by one."""
         if begun.problem is None:
             self._wait()
             ready = [EmbedsReady(image.encode.encode_id, image.num_rows) for image in begun.images]
@@ -138,7 +169,12 @@ class Encoder:
             raise ValueError(f"the engine gave rows {list(rows.shape)} for {len(index)} places")
         with torch.inference_mode():
             target = self.slab.tensor()
-            target.index_copy_(0, to_device(index, target.device), rows.to(target.dtype))
+            rows = rows.to(target.dtype)
+            target.index_copy_(0, to_device(index, target.device), rows)
+            parts = rows.split([image.num_rows for image in begun.images])  # type: ignore[no-untyped-call]
+            for image, part in zip(begun.images, parts, strict=True):
+                if image.encode.host_pages:
+                    self._host_rows.save(part, image.encode.host_pages)
         self.beat_s = time.monotonic()
 
     @property
@@ -173,12 +209,32 @@ class Encoder:
         if encode.pixels.num_bytes != math.prod(encode.shape):
             raise _bad_encode(f"{encode.pixels.num_bytes} bytes of pixels for shape {encode.shape}")
         num_rows = frames * height * width // merge**2
-        pages, num_pages = encode.pages, self.slab.num_pages
-        if len(pages) != -(-num_rows // self.slab.page_rows) or len(set(pages)) != len(pages):
-            raise _bad_encode(f"{len(pages)} pages of {self.slab.page_rows} rows for {num_rows} rows")
-        if min(pages) < 0 or max(pages) >= num_pages:
-            raise _bad_encode(f"pages {min(pages)} to {max(pages)} are not within the slab's {num_pages}")
+        problem = self._page_problem(encode.pages, num_rows, self.slab.num_pages, "the slab")
+        if problem is None and encode.host_pages:
+            problem = self._page_problem(encode.host_pages, num_rows, self.num_host_pages, "host memory")
+        if problem is not None:
+            raise _bad_encode(problem)
         return num_rows
+
+    def _check_restore(self, restore: Restore) -> None:
+        """Raises: RequestError if the message contradicts itself, the slab or the host memory."""
+        num_rows = restore.num_rows
+        problem = (
+            f"{num_rows} rows"
+            if num_rows < 1
+            else self._page_problem(restore.pages, num_rows, self.slab.num_pages, "the slab")
+            or self._page_problem(restore.host_pages, num_rows, self.num_host_pages, "host memory")
+        )
+        if problem is not None:
+            raise RequestError(f"restore refused: {problem}", status=500, code="bad_restore")
+
+    def _page_problem(self, pages: Sequence[int], num_rows: int, num_pages: int, where: str) -> str | None:
+        """Why these are not the pages for so many rows in a memory of num_pages; None if they are."""
+        if len(pages) != num_pages_for(num_rows, self.slab.page_rows) or len(set(pages)) != len(pages):
+            return f"{len(pages)} pages of {self.slab.page_rows} rows in {where} for {num_rows} rows"
+        if min(pages) < 0 or max(pages) >= num_pages:
+            return f"pages {min(pages)} to {max(pages)} are not within the {num_pages} of {where}"
+        return None
 
 
 def _bad_encode(problem: str) -> RequestError:

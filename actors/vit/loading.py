@@ -21,6 +21,7 @@ from vlmrt.actors.vit.encoder import Encoder
 from vlmrt.actors.vit.engines.engine import GridThw, Pixels, VisionEngine
 from vlmrt.actors.vit.engines.torch import TorchEngine
 from vlmrt.actors.vit.engines.tower_graphs import TowerGraphs, patch_counts
+from vlmrt.actors.vit.host_rows import HostRows
 from vlmrt.runtime.actor import ActorContext
 from vlmrt.runtime.config import Config
 from vlmrt.runtime.errors import StartupError
@@ -60,12 +61,13 @@ def _load(context: ActorContext, tensors: dict[str, int], beside_torch: dict[str
     slab = create_slab(
         context,
         context.device,
-        num_pages=_num_pages(config, vision),
+        num_pages=_num_pages("--embedding-cache-gib", config.memory.embedding_cache_gib, config, vision),
         page_rows=config.memory.page_rows,
         width=vision.out_hidden_size,
         dtype=config.parallel.dtype,
     )
     beside_torch["embeddings (--embedding-cache-gib)"] = int(config.memory.embedding_cache_gib * GIB)
+    host_rows = HostRows(slab, _num_host_pages(config, vision))
     quantum_s = config.parallel.vit_quantum_ms / 1e3 if device.type == "cuda" else CPU_QUANTUM_S
     engine = TorchEngine(tower, processing, device, quantum_s)
     _encode_black(engine, processing, (1, vision.spatial_merge_size, vision.spatial_merge_size))
@@ -77,7 +79,7 @@ def _load(context: ActorContext, tensors: dict[str, int], beside_torch: dict[str
             graphs = _record(tower, context)
             engine = TorchEngine(tower, processing, device, quantum_s, graphs)
             _encode_black(engine, processing, (1, side, side))
-    return Encoder(engine, slab, ArenaReader(context.open_memory), vision)
+    return Encoder(engine, slab, host_rows, ArenaReader(context.open_memory), vision)
 
 
 def _use_device(context: ActorContext) -> torch.device:
@@ -103,14 +105,18 @@ def _load_tower(context: ActorContext, device: torch.device) -> tuple[ModelConfi
     return model_config, load_image_processing(directory), tower
 
 
-def _num_pages(config: Config, vision: VisionConfig) -> int:
+def _num_pages(option: str, gib: float, config: Config, vision: VisionConfig) -> int:
+    """Raises: StartupError if not even one fits."""
     page_bytes = config.memory.page_rows * vision.out_hidden_size * DTYPE_BYTES[config.parallel.dtype]
-    num_pages = int(config.memory.embedding_cache_gib * GIB) // page_bytes
+    num_pages = int(gib * GIB) // page_bytes
     if num_pages < 1:
-        raise StartupError(
-            f"--embedding-cache-gib {config.memory.embedding_cache_gib:g}: one page takes {page_bytes / GIB:.6f} GiB"
-        )
+        raise StartupError(f"{option} {gib:g}: one page takes {page_bytes / GIB:.6f} GiB")
     return num_pages
+
+
+def _num_host_pages(config: Config, vision: VisionConfig) -> int:
+    gib = config.memory.embedding_host_cache_gib
+    return _num_pages("--embedding-host-cache-gib", gib, config, vision) if gib else 0
 
 
 def _largest_grid(config: Config, processing: ImageProcessing) -> GridThw:

@@ -28,6 +28,7 @@ from vlmrt.runtime.messages import (
     NeedMedia,
     PixelsReady,
     RequestId,
+    Restore,
     Sampling,
     StepPlan,
     StepResult,
@@ -42,6 +43,7 @@ M = TypeVar("M", bound=Message)
 
 STOP = 99  # the stop token of every request made here
 PAGE_ROWS = 2
+WIDTH = 8
 PIXEL_BYTES = 1000
 BLOCK_BYTES = 100
 
@@ -55,7 +57,10 @@ def messages(sends: Iterable[Send], kind: type[M], peer: str | None = None) -> l
 
 
 class Driver:
-    """Options: num_blocks, num_host_blocks, num_pages, ..., tp; the rest are SchedulingOptions."""
+    """Options: num_blocks, num_host_blocks, num_pages, num_host_pages, arena_bytes, vits, medias, tp.
+
+    The rest are SchedulingOptions.
+    """
 
     def __init__(
         self,
@@ -63,6 +68,7 @@ class Driver:
         num_blocks: int = 50,
         num_host_blocks: int = 0,
         num_pages: int = 20,
+        num_host_pages: int = 0,
         arena_bytes: int = 1 << 20,
         vits: int = 1,
         medias: int = 1,
@@ -72,7 +78,7 @@ class Driver:
         **scheduling: Any,
     ) -> None:
         self.num_blocks, self.num_pages, self.arena_bytes, self.tp = num_blocks, num_pages, arena_bytes, tp
-        self.num_host_blocks = num_host_blocks
+        self.num_host_blocks, self.num_host_pages = num_host_blocks, num_host_pages
         self.state = State(
             make_config(
                 model=ModelOptions(directory="", served_names=("fake",), max_model_len=max_model_len),
@@ -98,7 +104,8 @@ class Driver:
             case "media":
                 return MediaReady(self.arena_bytes)
             case "vit":
-                return VitReady(HostSlabExport(f"slab/{name}", self.num_pages, PAGE_ROWS, 8, "float32"))
+                slab = HostSlabExport(f"slab/{name}", self.num_pages, PAGE_ROWS, WIDTH, "float32")
+                return VitReady(slab, self.num_host_pages)
             case _:
                 return LlmReady(self.num_blocks, self.num_host_blocks, BLOCK_BYTES)
 
@@ -150,7 +157,10 @@ class Driver:
     def embeds(self, encode: Encode, vit: str = "vit:0") -> list[Send]:
         return self.event(vit, EmbedsReady(encode.encode_id, encode.grid_thw[2]))
 
-    def encode_failed(self, encode: Encode, error: Any, vit: str = "vit:0") -> list[Send]:
+    def restored(self, restore: Restore, vit: str = "vit:0") -> list[Send]:
+        return self.event(vit, EmbedsReady(restore.encode_id, restore.num_rows))
+
+    def encode_failed(self, encode: Encode | Restore, error: Any, vit: str = "vit:0") -> list[Send]:
         return self.event(vit, EncodeFailed(encode.encode_id, error))
 
     def make_ready(self, name: str) -> list[Send]:

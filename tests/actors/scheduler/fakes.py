@@ -33,6 +33,7 @@ from vlmrt.runtime.messages import (
     MmHash,
     NewSequence,
     PixelsReady,
+    Restore,
     StepPlan,
     StepResult,
     StopRule,
@@ -128,54 +129,86 @@ class FakeMedia:
 
 
 class FakeVit:
-    """Encodes in any order; its slab holds (mm_hash, row) per row."""
+    """Encodes and restores in any order; its slab and its host memory hold (mm_hash, row) per row."""
 
     def __init__(
         self,
         name: ActorName,
         epoch: Epoch,
         num_pages: int,
+        num_host_pages: int,
         page_rows: int,
         send: Callable[[Message], None],
         pixels_of: Callable[[ArenaRef], MmHash | None],
+        fails_to_restore: Callable[[], bool] = lambda: False,
     ) -> None:
+        """fails_to_restore: asked for each Restore."""
         self.name, self.epoch, self.page_rows = name, epoch, page_rows
         self.slab: list[Row | None] = [None] * (num_pages * page_rows)
-        self.queue: list[Encode] = []
+        self.host: list[Row | None] = [None] * (num_host_pages * page_rows)
+        self.queue: list[Encode | Restore] = []
         self.num_encoded = 0
+        self.num_restored = 0
         self._send = send
         self._pixels_of = pixels_of
+        self._fails_to_restore = fails_to_restore
         self._answered: set[int] = set()
 
     def receive(self, message: Message) -> None:
-        if isinstance(message, Encode):
+        if isinstance(message, Encode | Restore):
             self.queue.append(message)
             return
         assert isinstance(message, CancelEncode)
-        for encode in self.queue:
-            if encode.encode_id == message.encode_id:
-                self.queue.remove(encode)
-                self._answer(encode, EncodeFailed(encode.encode_id, WireError(500, "dropped", "cancelled")))
+        for queued in self.queue:
+            if queued.encode_id == message.encode_id:
+                self.queue.remove(queued)
+                self._fail(queued.encode_id, WireError(500, "dropped", "cancelled"))
                 return
         assert message.encode_id in self._answered, "an encode that never was is cancelled"
 
     def work(self, index: int) -> None:
-        encode = self.queue.pop(index)
+        message = self.queue.pop(index)
+        if isinstance(message, Restore):
+            self._restore(message)
+        else:
+            self._encode(message)
+
+    def _encode(self, encode: Encode) -> None:
         pixels = self._pixels_of(encode.pixels)
         if pixels is None:
-            self._answer(encode, EncodeFailed(encode.encode_id, WireError(500, "the arena is gone", "no_pixels")))
+            self._fail(encode.encode_id, WireError(500, "the arena is gone", "no_pixels"))
             return
         assert pixels == encode.mm_hash, "pixels of another image"
-        num_rows = num_rows_of(encode.grid_thw)
-        for row in range(num_rows):
-            page, place = encode.pages[row // self.page_rows], row % self.page_rows
-            self.slab[page * self.page_rows + place] = (encode.mm_hash, row)
+        rows: list[Row | None] = [(encode.mm_hash, row) for row in range(num_rows_of(encode.grid_thw))]
+        self._write(self.slab, encode.pages, rows)
+        if encode.host_pages:
+            self._write(self.host, encode.host_pages, rows)
         self.num_encoded += 1
-        self._answer(encode, EmbedsReady(encode.encode_id, num_rows))
+        self._answer(encode.encode_id, EmbedsReady(encode.encode_id, len(rows)))
 
-    def _answer(self, encode: Encode, answer: Message) -> None:
-        assert encode.encode_id not in self._answered
-        self._answered.add(encode.encode_id)
+    def _restore(self, restore: Restore) -> None:
+        if self._fails_to_restore():
+            self._fail(restore.encode_id, WireError(500, "not today", "bad_restore"))
+            return
+        places = [self._place(restore.host_pages, row) for row in range(restore.num_rows)]
+        self._write(self.slab, restore.pages, [self.host[place] for place in places])
+        self.num_restored += 1
+        self._answer(restore.encode_id, EmbedsReady(restore.encode_id, restore.num_rows))
+
+    def _write(self, memory: list[Row | None], pages: tuple[int, ...], rows: list[Row | None]) -> None:
+        assert len(pages) == -(-len(rows) // self.page_rows)
+        for index, row in enumerate(rows):
+            memory[self._place(pages, index)] = row
+
+    def _place(self, pages: tuple[int, ...], row: int) -> int:
+        return pages[row // self.page_rows] * self.page_rows + row % self.page_rows
+
+    def _fail(self, encode_id: int, error: WireError) -> None:
+        self._answer(encode_id, EncodeFailed(encode_id, error))
+
+    def _answer(self, encode_id: int, answer: Message) -> None:
+        assert encode_id not in self._answered
+        self._answered.add(encode_id)
         self._send(answer)
 
 

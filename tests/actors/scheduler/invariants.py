@@ -7,6 +7,7 @@ from collections import Counter
 from vlmrt.actors.scheduler.media_work import Stage
 from vlmrt.actors.scheduler.request import Request, Status
 from vlmrt.actors.scheduler.state import State
+from vlmrt.runtime.messages import ActorName
 
 
 def check_invariants(state: State) -> None:
@@ -43,6 +44,8 @@ def check_nothing_is_held(state: State) -> None:
         assert slab.books.num_loans == 0
         assert not slab.pinned
         assert slab.books.num_free + sum(len(entry.pages) for entry in slab.idle.values()) == slab.books.num_pages
+        assert slab.num_ready_pages == slab.books.num_pages - slab.books.num_free
+        assert slab.host.num_copy_pages == slab.host.books.num_pages - slab.host.books.num_free
 
 
 def _check_queues(state: State) -> None:
@@ -158,13 +161,16 @@ def _check_jobs(state: State) -> None:
     for mm_hash, job in media.jobs.items():
         assert mm_hash == job.mm_hash
         is_held = mm_hash in state.embeds.holds
-        assert mm_hash in state.embeds.readers or (job.stage is Stage.ENCODING and (job.is_cancelled or is_held))
+        assert mm_hash in state.embeds.readers or (job.is_at_vit and (job.is_cancelled or is_held))
         if job.stage in (Stage.NEEDED, Stage.DECODING):
             readers = [state.requests[request_id] for request_id in state.embeds.readers[mm_hash]]
             assert any(mm_hash not in request.named_media for request in readers), f"nobody can bring {mm_hash}"
         assert (mm_hash in media.decoding) == (job.stage is Stage.DECODING)
         assert (mm_hash in media.decoded) == (job.stage is Stage.DECODED)
-        assert (media.encoding.get(job.encode_id) is job) == (job.stage is Stage.ENCODING)
+        assert (mm_hash in media.kept) == (job.stage is Stage.KEPT)
+        assert (media.encoding.get(job.encode_id) is job) == job.is_at_vit
+        has_copy = state.embeds.host_slab(mm_hash) is not None
+        assert has_copy == (job.stage in (Stage.KEPT, Stage.RESTORING)), f"{mm_hash} is {job.stage.value}"
         if job.stage is Stage.DECODING:
             assert job.asked in state.embeds.readers[mm_hash]
             assert mm_hash not in state.requests[job.asked].named_media
@@ -193,7 +199,7 @@ def _check_slabs(state: State) -> None:
             assert (mm_hash in slab.idle) != is_wanted
         else:
             job = state.media.jobs[mm_hash]
-            assert (job.stage, job.vit) == (Stage.ENCODING, entry.vit)
+            assert (job.is_at_vit, job.vit) == (True, entry.vit)
     in_flight = {(state.llm.epoch, step.plan.step) for step in state.llm.in_flight}
     for name, slab in embeds.slabs.items():
         slab.books.check()
@@ -203,5 +209,22 @@ def _check_slabs(state: State) -> None:
         assert set(slab.books._loans) <= in_flight
         assert len(slab.pinned) + len(slab.idle) == sum(entry.is_ready for entry in ours)
         assert embeds.enabled or not slab.idle
-        encoding = [job for job in state.media.encoding.values() if job.vit == name]
-        assert slab.num_encoding_patches == sum(job.num_patches for job in encoding)
+        at_vit = [job for job in state.media.encoding.values() if job.vit == name]
+        assert slab.num_encoding_patches == sum(job.num_patches for job in at_vit if job.stage is Stage.ENCODING)
+        assert slab.num_ready_pages == sum(len(entry.pages) for entry in ours if entry.is_ready)
+        _check_host_copies(state, name)
+
+
+def _check_host_copies(state: State, vit: ActorName) -> None:
+    embeds = state.embeds
+    host = embeds.slabs[vit].host
+    host.books.check()
+    copies = list(host.pages.values())
+    being_made = [entry.host_pages for entry in embeds.entries.values() if entry.vit == vit and entry.host_pages]
+    assert sorted(extent.pages for extent in host.books._extents.values()) == sorted(copies + being_made)
+    assert host.num_copy_pages == sum(len(pages) for pages in copies)
+    assert embeds.enabled or not host.books.num_pages
+    for mm_hash in host.pages:
+        assert embeds.host_slab(mm_hash) is embeds.slabs[vit], f"{mm_hash} is kept twice"
+        entry = embeds.entries.get(mm_hash)
+        assert entry is None or (entry.vit, entry.host_pages) == (vit, ())

@@ -20,6 +20,7 @@ any_sizes = st.builds(
     max_loads=st.sampled_from((1, 2, 64)),
     block_size=st.sampled_from((1, 3, 4)),
     num_pages=st.sampled_from((5, 7, 8, 16)),
+    num_host_pages=st.sampled_from((0, 2, 6, 12, 40)),
     arena_bytes=st.sampled_from((6_000, 12_000, 30_000, 100_000)),
     max_num_seqs=st.sampled_from((1, 2, 4, 8)),
     max_waiting=st.sampled_from((0, 5, 20)),
@@ -33,6 +34,7 @@ any_sizes = st.builds(
     embedding_caching=st.booleans(),
     by_name=st.sampled_from((0.0, 0.2, 0.7)),
     no_memory=st.sampled_from((0.0, 0.01, 0.1)),
+    no_restore=st.sampled_from((0.0, 0.1)),
 )
 seeds = st.integers(0, 2**32)
 unhurried = {"deadline": None, "suppress_health_check": (HealthCheck.too_slow,), "database": None}
@@ -81,16 +83,18 @@ def test_every_request_of_thousands_of_services_ends_once_with_its_tokens(
 def test_caches_do_not_change_what_is_generated() -> None:
     sizes = Sizes(max_waiting=100, num_blocks=60)
     variants = [
-        dataclasses.replace(sizes, prefix_caching=prefix, embedding_caching=embedding)
+        dataclasses.replace(sizes, prefix_caching=prefix, embedding_caching=embedding, num_host_pages=num_host_pages)
         for prefix in (False, True)
-        for embedding in (False, True)
+        for embedding, num_host_pages in ((False, 0), (True, 0), (True, 30))
     ]
     with_host_memory = dataclasses.replace(sizes, num_blocks=24, num_host_blocks=200)
     worlds = [run_world(sizes, 7, 60, deaths=False, aborts=False) for sizes in (with_host_memory, *variants)]
     ends = [{name: (c.token_ids, c.finish_reason, c.error) for name, c in w.clients.items()} for w in worlds]
     assert all(end == ends[0] for end in ends)
     assert len(ends[0]) == 60
-    with_host, without, with_both = worlds[0], worlds[1], worlds[-1]
+    with_host, without, with_slab, with_copies = worlds[:4]
+    with_both = worlds[5]
+    assert num_encoded(with_copies) < num_encoded(with_slab) < num_encoded(without)
     assert num_encoded(with_both) < num_encoded(without)
     assert without.state.counters.prompt_tokens_cached == 0
     assert with_both.state.counters.prompt_tokens_cached > 100
@@ -122,13 +126,17 @@ def test_the_random_services_do_what_they_are_meant_to_try() -> None:
         num_host_blocks=12,
         max_loads=2,
         num_pages=7,
+        num_host_pages=9,
         by_name=0.2,
         arena_bytes=12_000,
         max_num_batched_tokens=8,
         no_memory=0.01,
+        no_restore=0.1,
     )
     worlds = [run_world(tight, seed, 80) for seed in range(6)]
     assert any(client.error == "out_of_memory" for world in worlds for client in world.clients.values())
+    assert sum(world.state.embeds.num_host_evictions for world in worlds) > 0
+    assert sum(vit.num_restored for world in worlds for vit in world.vits.values()) > 0
     for name in (
         "preemptions",
         "embed_displacements",
@@ -136,6 +144,7 @@ def test_the_random_services_do_what_they_are_meant_to_try() -> None:
         "recoveries",
         "unwanted_pixels",
         "embed_hits",
+        "embed_host_hits",
         "media_lookup_hits",
         "prompt_tokens_cached",
         "prompt_tokens_host_cached",

@@ -73,6 +73,7 @@ class Sizes:
     max_loads: int = 64  # of a plan
     block_size: int = 4
     num_pages: int = 8
+    num_host_pages: int = 0
     arena_bytes: int = 30_000
     max_num_seqs: int = 4
     max_waiting: int = 20
@@ -87,6 +88,7 @@ class Sizes:
     embedding_caching: bool = True
     by_name: float = 0.0  # how likely an image is left out and named; at most 0.8
     no_memory: float = 0.0  # how likely a row of a step finds no memory
+    no_restore: float = 0.0  # how likely a ViT fails to restore an image
 
 
 @dataclass
@@ -202,9 +204,17 @@ class World:
             self.medias[name, epoch] = FakeMedia(name, epoch, sizes.arena_bytes, incarnation.outbox.append)
         else:
             slab = HostSlabExport(f"slab/{name}/{epoch}", sizes.num_pages, PAGE_ROWS, 8, "float32")
-            incarnation = self._begin(name, epoch, VitReady(slab))
-            vit = FakeVit(name, epoch, sizes.num_pages, PAGE_ROWS, incarnation.outbox.append, self._pixels_of)
-            self.vits[name, epoch] = vit
+            incarnation = self._begin(name, epoch, VitReady(slab, sizes.num_host_pages))
+            self.vits[name, epoch] = FakeVit(
+                name,
+                epoch,
+                sizes.num_pages,
+                sizes.num_host_pages,
+                PAGE_ROWS,
+                incarnation.outbox.append,
+                self._pixels_of,
+                lambda: self.rng.random() < sizes.no_restore,
+            )
 
     def _begin(self, name: ActorName, epoch: Epoch, capabilities: Capabilities) -> Incarnation:
         incarnation = self.incarnations[name, epoch] = Incarnation(name, epoch)
@@ -280,6 +290,11 @@ class World:
         self.advance_is_due = False
         self.now_s += 0.001
         self.post(self.state.advance(self.now_s))
+
+    def reset_a_cache(self) -> None:
+        state = self.state
+        reset = self.rng.choice((state.reset_prefix_cache, state.reset_embedding_cache))
+        self.post(reset(self.now_s))
 
     # ------------------------------------------------------------ edges
 
@@ -526,6 +541,8 @@ def run_world(sizes: Sizes, seed: int, num_requests: int, *, deaths: bool = True
             world.kill(rng.choice(world.names()))
         elif draw < 0.05:
             world.revive(rng.choice(world.names()))
+        elif draw < 0.051:
+            world.reset_a_cache()
         else:
             world.step()
         world.now_s += 0.0005

@@ -31,6 +31,7 @@ from vlmrt.runtime.errors import StartupError
 from vlmrt.runtime.faults import hold_file
 from vlmrt.runtime.messages import (
     ActorName,
+    ArenaRef,
     CancelEncode,
     EmbedsReady,
     Encode,
@@ -38,6 +39,7 @@ from vlmrt.runtime.messages import (
     Epoch,
     HostSlabExport,
     MmHash,
+    Restore,
     SchedulerReady,
     VitReady,
 )
@@ -47,6 +49,7 @@ from vlmrt.runtime.slab import HostSlab, row_index
 SCHEDULER = ActorName("scheduler:0")
 PAGE_ROWS = 3
 SLAB_PAGES = 128
+HOST_PAGES = 64
 SIZES = ((4, 6), (2, 10), (8, 8), (2, 2), (14, 4), (6, 6))  # patches
 
 
@@ -97,7 +100,13 @@ class Bench:
         shape = cast(tuple[int, int, int, int], picture.pixels.shape)
         return Encode(self.num_encodes, MmHash("hash"), picture.grid_thw, ref, shape, pages)
 
-    async def encode(self, message: Encode) -> None:
+    def restore(self, message: Encode, num_rows: int) -> Restore:
+        """The same rows from host memory into pages of their own."""
+        self.num_encodes += 1
+        pages = tuple(self.free_pages.pop() for _ in message.pages)
+        return Restore(self.num_encodes, message.mm_hash, num_rows, message.host_pages, pages)
+
+    async def encode(self, message: Encode | Restore) -> None:
         await self.actor.handle(message, SCHEDULER)
 
     async def answers(self, count: int) -> dict[int, Answer]:
@@ -106,7 +115,7 @@ class Bench:
         answers = [cast(Answer, sent.message) for sent in told]
         return {answer.encode_id: answer for answer in answers}
 
-    def rows(self, message: Encode, num_rows: int) -> Tensor:
+    def rows(self, message: Encode | Restore, num_rows: int) -> Tensor:
         return self.slab.tensor()[torch.from_numpy(row_index(message.pages, 0, num_rows, PAGE_ROWS))]
 
     def hold(self, name: str) -> Path:
@@ -120,7 +129,11 @@ async def running(checkpoint: Checkpoint, run_dir: Path, max_patches: int = 100)
     width = checkpoint.config.vision.out_hidden_size
     config = make_config(
         checkpoint.directory,
-        memory=MemoryOptions(embedding_cache_gib=SLAB_PAGES * PAGE_ROWS * width * 4 / 2**30, page_rows=PAGE_ROWS),
+        memory=MemoryOptions(
+            embedding_cache_gib=SLAB_PAGES * PAGE_ROWS * width * 4 / 2**30,
+            embedding_host_cache_gib=HOST_PAGES * PAGE_ROWS * width * 4 / 2**30,
+            page_rows=PAGE_ROWS,
+        ),
         parallel=ParallelOptions(max_patches_per_batch=max_patches),
         supervision=SupervisionOptions(fault_hooks=True),
     )
@@ -129,7 +142,7 @@ async def running(checkpoint: Checkpoint, run_dir: Path, max_patches: int = 100)
     async with FakeContext("vit:0", run_dir, config, epoch=4, memory=memory) as context:
         actor = VitActor(cast(ActorContext, context))
         ready = await actor.start()
-        assert ready == VitReady(HostSlabExport("slab/vit:0/4", SLAB_PAGES, PAGE_ROWS, width, "float32"))
+        assert ready == VitReady(HostSlabExport("slab/vit:0/4", SLAB_PAGES, PAGE_ROWS, width, "float32"), HOST_PAGES)
         assert isinstance(ready.slab, HostSlabExport)
         await actor.peer_up(peer_up("scheduler:0", SchedulerReady()))
         arena = PixelArena.create(media, 1 << 22)
@@ -187,6 +200,10 @@ async def test_an_image_that_cannot_be_read_fails_alone(one_checkpoint: Checkpoi
             "many pages": replace(message, pages=(*message.pages, 100)),
             "page twice": replace(message, pages=(1, 1)),
             "page outside": replace(message, pages=(0, SLAB_PAGES)),
+            "few host pages": replace(message, host_pages=(0,)),
+            "host page twice": replace(message, host_pages=(1, 1)),
+            "host page outside": replace(message, host_pages=(0, HOST_PAGES)),
+            "host page below": replace(message, host_pages=(0, -1)),
             "lost": replace(message, pixels=replace(ref, epoch=Epoch(9))),
         }
         codes = dict.fromkeys(bad, "bad_encode") | {"lost": "pixels_lost"}
@@ -279,6 +296,103 @@ async def test_a_cancelled_image_is_answered_and_not_encoded(one_checkpoint: Che
         assert bench.rows(messages[1], 4).isnan().all()
 
 
+async def test_rows_come_back_from_host_memory_bit_for_bit_into_other_pages(
+    one_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    async with running(one_checkpoint, tmp_path) as bench:
+        pictures = [picture(seed, size) for seed, size in enumerate(SIZES)]
+        host_pages = np.random.default_rng(1).permutation(HOST_PAGES).tolist()
+        messages = []
+        for each in pictures:
+            message = bench.message(each)
+            kept = tuple(host_pages.pop() for _ in message.pages)
+            messages.append(msgspec.structs.replace(message, host_pages=kept))
+            await bench.encode(messages[-1])
+        await bench.answers(len(messages))
+        encoded = [bench.rows(each, shown.num_rows).clone() for each, shown in zip(messages, pictures, strict=True)]
+        bench.slab.tensor().fill_(float("nan"))
+        held = bench.hold("vit.encode")
+        await bench.encode(bench.message(picture(99, (4, 4))))  # which restored images do not wait for
+        restores = [bench.restore(each, shown.num_rows) for each, shown in zip(messages, pictures, strict=True)]
+        for restore in restores:
+            await bench.encode(restore)
+        answers = await bench.answers(len(restores))
+        for restore, rows in zip(restores, encoded, strict=True):
+            assert answers[restore.encode_id] == EmbedsReady(restore.encode_id, len(rows))
+            assert torch.equal(bench.rows(restore, len(rows)), rows)
+        written = ~bench.slab.tensor().isnan().all(dim=1)
+        assert int(written.sum()) == sum(len(rows) for rows in encoded)  # and nothing else
+        held.unlink()
+        await bench.answers(1)
+        assert bench.context.metrics.snapshot().counters["images_encoded_total"] == len(pictures) + 1
+
+
+async def test_a_restore_that_contradicts_itself_is_refused_alone(one_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    async with running(one_checkpoint, tmp_path) as bench:
+        message = msgspec.structs.replace(bench.message(picture(0, (4, 4))), host_pages=(5, 3))
+        await bench.encode(message)
+        await bench.answers(1)
+        good = bench.restore(message, 4)
+        replace = msgspec.structs.replace
+        bad = {
+            "no rows": replace(good, num_rows=0, pages=(), host_pages=()),
+            "more rows": replace(good, num_rows=7),
+            "few pages": replace(good, pages=good.pages[:1]),
+            "page twice": replace(good, pages=(1, 1)),
+            "page outside": replace(good, pages=(0, SLAB_PAGES)),
+            "few host pages": replace(good, host_pages=(5,)),
+            "host page twice": replace(good, host_pages=(5, 5)),
+            "host page outside": replace(good, host_pages=(5, HOST_PAGES)),
+            "host page below": replace(good, host_pages=(5, -1)),
+        }
+        held = bench.hold("vit.restore")
+        for encode_id, each in enumerate(bad.values(), 100):
+            await bench.encode(replace(each, encode_id=encode_id))
+        await bench.encode(good)
+        held.unlink()
+        answers = await bench.answers(len(bad) + 1)
+        assert answers[good.encode_id] == EmbedsReady(good.encode_id, 4)
+        assert torch.equal(bench.rows(good, 4), bench.rows(message, 4))
+        for encode_id, name in enumerate(bad, 100):
+            answer = answers[encode_id]
+            assert isinstance(answer, EncodeFailed), name
+            assert (answer.error.status, answer.error.code) == (500, "bad_restore"), name
+
+
+async def test_a_cancelled_restore_is_answered_and_not_done(one_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    async with running(one_checkpoint, tmp_path) as bench:
+        message = msgspec.structs.replace(bench.message(picture(0, (4, 4))), host_pages=(5, 3))
+        await bench.encode(message)
+        await bench.answers(1)
+        held = bench.hold("vit.restore")
+        restores = [bench.restore(message, 4) for _ in range(2)]
+        for restore in restores:
+            await bench.encode(restore)
+        await bench.actor.handle(CancelEncode(restores[0].encode_id), SCHEDULER)
+        cancelled = (await bench.answers(1))[restores[0].encode_id]
+        assert isinstance(cancelled, EncodeFailed)
+        assert cancelled.error.code == "cancelled"
+        held.unlink()
+        assert (await bench.answers(1)).keys() == {restores[1].encode_id}
+        assert bench.rows(restores[0], 4).isnan().all()
+
+
+async def test_what_a_dead_scheduler_wanted_restored_is_dropped(one_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    async with running(one_checkpoint, tmp_path) as bench:
+        message = msgspec.structs.replace(bench.message(picture(0, (4, 4))), host_pages=(5, 3))
+        await bench.encode(message)
+        await bench.answers(1)
+        held = bench.hold("vit.restore")
+        restore = bench.restore(message, 4)
+        await bench.encode(restore)
+        await bench.actor.peer_up(peer_up("scheduler:0", SchedulerReady(), epoch=2))
+        held.unlink()
+        again = bench.message(picture(0, (4, 4)))
+        await bench.encode(again)
+        assert (await bench.answers(1)).keys() == {again.encode_id}
+        assert bench.rows(restore, 4).isnan().all()
+
+
 async def test_what_a_dead_scheduler_asked_for_is_dropped(one_checkpoint: Checkpoint, tmp_path: Path) -> None:
     async with running(one_checkpoint, tmp_path) as bench:
         held = bench.hold("vit.encode")
@@ -293,7 +407,9 @@ async def test_what_a_dead_scheduler_asked_for_is_dropped(one_checkpoint: Checkp
 
 
 class FakeEncoder:
-    """Waits in `issue` until `open` is set."""
+    """Waits in `issue` and `restore` until `open` is set."""
+
+    num_host_pages = 1
 
     def __init__(self) -> None:
         self.beat_s = 0.0
@@ -305,6 +421,13 @@ class FakeEncoder:
         return EncodeBatch(answers=[EmbedsReady(encode.encode_id, 1) for encode in batch])
 
     def issue(self, begun: EncodeBatch) -> None:
+        self._wait()
+
+    def restore(self, restores: Sequence[Restore]) -> list[Answer]:
+        self._wait()
+        return [EmbedsReady(restore.encode_id, 1) for restore in restores]
+
+    def _wait(self) -> None:
         assert self.open.wait(30)
         if self.error is not None:
             raise self.error
@@ -316,35 +439,58 @@ class FakeEncoder:
         pass
 
 
-async def run_one_encode(encoder: FakeEncoder, run_dir: Path, step_timeout_s: float) -> None:
+ENCODE = Encode(1, MmHash("h"), (1, 2, 2), ArenaRef(ActorName("media:0"), Epoch(1), 0, 3), (1, 28, 28, 3), (0,))
+RESTORE = Restore(1, MmHash("h"), 1, (0,), (0,))
+
+
+async def run_one(message: Encode | Restore, encoder: FakeEncoder, run_dir: Path, step_timeout_s: float) -> None:
     config = make_config(supervision=SupervisionOptions(step_timeout_s=step_timeout_s))
     async with FakeContext("vit:0", run_dir, config) as context:
         actor = VitActor(cast(ActorContext, context), lambda _: encoder)
         await actor.start()
         await actor.peer_up(peer_up("scheduler:0", SchedulerReady()))
-        media = FakeContext("media:0", run_dir)
-        ref = PixelArena.create(media, 4096).write(np.zeros((1, 1, 1, 3), np.uint8))
-        assert ref is not None
-        await actor.handle(Encode(1, MmHash("h"), (1, 2, 2), ref, (1, 28, 28, 3), (0,)), SCHEDULER)
-        await asyncio.wait(context._tasks, timeout=10)
-        media.memory.close()
+        await actor.handle(message, SCHEDULER)
+        await asyncio.wait(context._tasks, timeout=10, return_when=asyncio.FIRST_COMPLETED)
 
 
-async def test_a_stuck_forward_ends_the_actor(tmp_path: Path) -> None:
+@pytest.mark.parametrize("message", [ENCODE, RESTORE])
+async def test_a_stuck_device_ends_the_actor(message: Encode | Restore, tmp_path: Path) -> None:
     encoder = FakeEncoder()
     try:
         with pytest.raises(EncodeStuck):
-            await run_one_encode(encoder, tmp_path, 0.05)
+            await run_one(message, encoder, tmp_path, 0.05)
     finally:
         encoder.open.set()
 
 
-async def test_a_fault_of_the_device_ends_the_actor(tmp_path: Path) -> None:
+@pytest.mark.parametrize("message", [ENCODE, RESTORE])
+async def test_a_fault_of_the_device_ends_the_actor(message: Encode | Restore, tmp_path: Path) -> None:
     encoder = FakeEncoder()
     encoder.error = torch.AcceleratorError("illegal memory access")
     encoder.open.set()
     with pytest.raises(torch.AcceleratorError):
-        await run_one_encode(encoder, tmp_path, 60.0)
+        await run_one(message, encoder, tmp_path, 60.0)
+
+
+async def test_a_new_scheduler_is_heard_after_what_its_predecessor_had_restored(tmp_path: Path) -> None:
+    encoder = FakeEncoder()
+    async with FakeContext("vit:0", tmp_path) as context:
+        actor = VitActor(cast(ActorContext, context), lambda _: encoder)
+        await actor.start()
+        await actor.peer_up(peer_up("scheduler:0", SchedulerReady()))
+        await actor.handle(RESTORE, SCHEDULER)
+        await asyncio.sleep(0)
+        successor = asyncio.create_task(actor.peer_up(peer_up("scheduler:0", SchedulerReady(), epoch=2)))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not successor.done()
+        encoder.open.set()
+        await successor
+        await actor.handle(msgspec.structs.replace(RESTORE, encode_id=2), SCHEDULER)
+        answer = await context.outbox.next()
+        assert answer.message == EmbedsReady(2, 1)
+        assert context.outbox.take() == []
+        await actor.stop(1.0)
 
 
 async def test_a_start_that_cannot_work_says_why(tmp_path: Path) -> None:
@@ -353,8 +499,18 @@ async def test_a_start_that_cannot_work_says_why(tmp_path: Path) -> None:
             await VitActor(cast(ActorContext, context)).start()
 
 
-async def test_a_slab_without_a_page_is_refused(one_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    config = make_config(one_checkpoint.directory, memory=MemoryOptions(embedding_cache_gib=1e-9))
+@pytest.mark.parametrize(
+    ("memory", "option"),
+    [
+        (MemoryOptions(embedding_cache_gib=1e-9), "--embedding-cache-gib 1e-09: one page"),
+        (MemoryOptions(embedding_host_cache_gib=1e-9), "--embedding-host-cache-gib 1e-09: one page"),
+        (MemoryOptions(embedding_host_cache_gib=1e6), "--embedding-host-cache-gib: 1000000.00 GiB are asked for"),
+    ],
+)
+async def test_a_cache_without_a_page_or_larger_than_the_memory_is_refused(
+    memory: MemoryOptions, option: str, one_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    config = make_config(one_checkpoint.directory, memory=memory)
     async with FakeContext("vit:0", tmp_path, config) as context:
-        with pytest.raises(StartupError, match="--embedding-cache-gib"):
+        with pytest.raises(StartupError, match=option):
             await VitActor(cast(ActorContext, context)).start()

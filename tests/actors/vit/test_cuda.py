@@ -15,17 +15,19 @@ from vlmrt.actors.vit.actor import VitActor
 from vlmrt.actors.vit.loading import load_encoder
 from vlmrt.runtime.actor import ActorContext
 from vlmrt.runtime.config import MemoryOptions, ParallelOptions
-from vlmrt.runtime.messages import CudaSlabExport, EmbedsReady, Encode, MmHash, SchedulerReady
+from vlmrt.runtime.messages import CudaSlabExport, EmbedsReady, Encode, MmHash, Restore, SchedulerReady
 from vlmrt.runtime.shared_memory import PixelArena
 from vlmrt.runtime.slab import num_pages_for, row_index
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-async def test_rows_in_device_memory_equal_the_reference(checkpoint: Checkpoint, tmp_path: Path) -> None:
+async def test_rows_in_device_memory_equal_the_reference_and_come_back_from_host_memory(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
     config = make_config(
         checkpoint.directory,
-        memory=MemoryOptions(embedding_cache_gib=1 / 64, page_rows=PAGE_ROWS),
+        memory=MemoryOptions(embedding_cache_gib=1 / 64, embedding_host_cache_gib=1 / 64, page_rows=PAGE_ROWS),
         parallel=ParallelOptions(device="cuda", max_patches_per_batch=100),
     )
     memory = FakeMemory()
@@ -45,7 +47,8 @@ async def test_rows_in_device_memory_equal_the_reference(checkpoint: Checkpoint,
             pages = tuple(reversed(range(first_page, first_page + num_pages)))
             first_page += num_pages
             height, width = each.pixels.shape[1:3]
-            messages.append(Encode(number, MmHash("h"), each.grid_thw, ref, (1, height, width, 3), pages))
+            kept = tuple(page + 7 for page in pages)
+            messages.append(Encode(number, MmHash("h"), each.grid_thw, ref, (1, height, width, 3), pages, kept))
             await actor.handle(messages[-1], SCHEDULER)
         for _ in messages:
             answer = (await context.outbox.next(60.0)).message
@@ -55,5 +58,13 @@ async def test_rows_in_device_memory_equal_the_reference(checkpoint: Checkpoint,
             index = torch.from_numpy(row_index(message.pages, 0, len(expected), PAGE_ROWS)).cuda()
             rows = encoder.slab.tensor()[index].cpu()
             assert (rows - expected).abs().max() <= 1e-4 * expected.abs().max()
+        encoded = encoder.slab.tensor().clone()
+        for message, size in zip(messages, SIZES, strict=True):
+            num_rows = size[0] * size[1] // 4
+            moved = tuple(page + first_page for page in message.pages)
+            await actor.handle(Restore(message.encode_id, MmHash("h"), num_rows, message.host_pages, moved), SCHEDULER)
+            assert (await context.outbox.next(60.0)).message == EmbedsReady(message.encode_id, num_rows)
+            before, after = (torch.from_numpy(row_index(p, 0, num_rows, PAGE_ROWS)) for p in (message.pages, moved))
+            assert torch.equal(encoder.slab.tensor()[after.cuda()], encoded[before.cuda()])
         await actor.stop(5.0)
         arena.close()
