@@ -437,7 +437,6 @@ class MediaWork:
                 return False
         return True
 
-
     def _slabs_for(self, job: Job) -> list[Slab]:
         """Where its rows may go, the least loaded ViT first; a copy in host memory goes back to its own ViT's slab."""
         if job.stage is Stage.KEPT:
