@@ -76,7 +76,7 @@ class ParallelOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_patches_per_batch: int = 8192  # of one ViT forward: fills a GPU; twice as many make the first image wait
     vit_quantum_ms: float = 8.0  # of tower work that a GPU is given at once
     gpu_sharing: GpuSharingChoice = "auto"  # where a ViT and a rank share a GPU; auto: MPS if it can be had
-    vit_sm_percent: int = 100  # of the SMs of a GPU that a ViT shares under MPS
+    vit_sm_percent: int = 80  # of the SMs of a GPU that a ViT shares under MPS
 
 
 class SupervisionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

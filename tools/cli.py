@@ -77,7 +77,7 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
         help="where a ViT and a rank share a GPU; auto: MPS if it can be had",
     )
     place.add_argument(
-        "--vit-sm-percent", type=percent, default=100, metavar="P", help="of a shared GPU, under MPS: the ViT's part"
+        "--vit-sm-percent", type=percent, default=80, metavar="P", help="of a shared GPU, under MPS: the ViT's part"
     )
 
     memory = parser.add_argument_group("memory")

@@ -210,7 +210,7 @@ def test_killing_the_supervisor_leaves_no_daemon(tmp_path: Path, run_root: Path)
     parallel = {"FAKE_GPUS": "1"}
     with start_service_process(tmp_path, NOTERS, **parallel) as process:
         output = read_until(process, "ready http")
-        assert "gpu_sharing MPS, vit:1 on at most 100 % of the SMs" in output
+        assert "gpu_sharing MPS, vit:1 on at most 80 % of the SMs" in output
         found = daemons(run_root)
         assert len(found) == 1
         children = [*children_of(process.pid), *map(psutil.Process, found)]
