@@ -37,16 +37,25 @@ def available_gib(meminfo: Path = MEMINFO) -> float:
     return int(fields["MemAvailable"].split()[0]) / KIB_PER_GIB
 
 
-def check_host_tiers(config: Config, available: float) -> None:
-    """Refuse host tiers that take more than the available GiB, all ranks and ViTs together.  Raises: StartupError."""
+def check_host_memory(config: Config, available: float) -> None:
+    """Refuse caches that take more than the available GiB of the host, all ranks and ViTs together.
+
+    On a CPU that is the first tiers as well, as far as they have a size.  Raises: StartupError.
+    """
     memory, parallel = config.memory, config.parallel
+    of_ranks = {"--kv-host-cache-gib": memory.kv_host_cache_gib}
+    of_vits = {"--embedding-host-cache-gib": memory.embedding_host_cache_gib}
+    if parallel.device == "cpu":
+        of_ranks["--kv-cache-gib"] = 0.0 if memory.num_kv_blocks is not None else memory.kv_cache_gib or 0.0
+        of_vits["--embedding-cache-gib"] = memory.embedding_cache_gib
     wanted = {
-        f"--kv-host-cache-gib {memory.kv_host_cache_gib:g} (for each of {parallel.tp} ranks)": (
-            memory.kv_host_cache_gib * parallel.tp
-        ),
-        f"--embedding-host-cache-gib {memory.embedding_host_cache_gib:g} (for each of {parallel.num_vits} ViTs)": (
-            memory.embedding_host_cache_gib * parallel.num_vits
-        ),
+        **{
+            f"{option} {gib:g} (for each of {parallel.tp} ranks)": gib * parallel.tp for option, gib in of_ranks.items()
+        },
+        **{
+            f"{option} {gib:g} (for each of {parallel.num_vits} ViTs)": gib * parallel.num_vits
+            for option, gib in of_vits.items()
+        },
     }
     total = sum(wanted.values())
     if total > available:

@@ -35,7 +35,7 @@ from vlmrt.runtime.config import (
 from vlmrt.runtime.errors import StartupError
 from vlmrt.runtime.supervisor import Supervisor
 from vlmrt.tools.devices import num_cuda_devices
-from vlmrt.tools.host_tiers import available_gib, check_host_tiers, embedding_host_cache_gib, kv_host_cache_gib
+from vlmrt.tools.host_tiers import available_gib, check_host_memory, embedding_host_cache_gib, kv_host_cache_gib
 from vlmrt.tools.launch_report import LaunchReport
 from vlmrt.tools.model_source import locate_model
 
@@ -111,7 +111,7 @@ def build_config(arguments: argparse.Namespace) -> tuple[Config, ModelConfig]:
         ),
         log_level=arguments.log_level,
     )
-    check_host_tiers(config, available_gib())
+    check_host_memory(config, available_gib())
     return config, model
 
 

@@ -13,7 +13,7 @@ from vlmrt.runtime.errors import StartupError
 from vlmrt.runtime.messages import ActorName, Epoch, LlmReady
 from vlmrt.tools import demo
 from vlmrt.tools.cli import build_parser
-from vlmrt.tools.host_tiers import available_gib, check_host_tiers, embedding_host_cache_gib, kv_host_cache_gib
+from vlmrt.tools.host_tiers import available_gib, check_host_memory, embedding_host_cache_gib, kv_host_cache_gib
 from vlmrt.tools.launch import build_config
 from vlmrt.tools.launch_report import LaunchReport
 
@@ -22,7 +22,7 @@ def config(kv_gib: float, embedding_gib: float, tp: int = 1, num_vits: int = 1) 
     return make_config(
         demo.CHECKPOINT,
         memory=MemoryOptions(kv_host_cache_gib=kv_gib, embedding_host_cache_gib=embedding_gib),
-        parallel=ParallelOptions(tp=tp, num_vits=num_vits),
+        parallel=ParallelOptions(device="cuda", dtype="bfloat16", tp=tp, num_vits=num_vits),
     )
 
 
@@ -60,12 +60,19 @@ def test_more_than_the_machine_has_is_refused_by_the_options_that_ask_for_it(
     kv_gib: float, embedding_gib: float, tp: int, num_vits: int, message: str
 ) -> None:
     with pytest.raises(StartupError, match=f"^{message} of host memory, of which 8.00 GiB are available$"):
-        check_host_tiers(config(kv_gib, embedding_gib, tp, num_vits), available=8.0)
+        check_host_memory(config(kv_gib, embedding_gib, tp, num_vits), available=8.0)
+
+
+def test_on_a_cpu_the_first_tiers_are_host_memory_too() -> None:
+    memory = MemoryOptions(kv_cache_gib=3.0, embedding_cache_gib=4.0, embedding_host_cache_gib=2.0)
+    with pytest.raises(StartupError, match=r"-kv-cache-gib 3 .* --embedding-cache-gib 4 .*: 9.00 GiB of host memory"):
+        check_host_memory(make_config(demo.CHECKPOINT, memory=memory), available=8.0)
+    check_host_memory(make_config(demo.CHECKPOINT, memory=memory), available=9.0)
 
 
 def test_what_the_machine_has_is_taken() -> None:
-    check_host_tiers(config(2.0, 2.0, tp=2, num_vits=2), available=8.0)
-    check_host_tiers(config(0.0, 0.0), available=0.0)
+    check_host_memory(config(2.0, 2.0, tp=2, num_vits=2), available=8.0)
+    check_host_memory(config(0.0, 0.0), available=0.0)
 
 
 def test_available_memory_is_what_the_kernel_says(tmp_path: Path) -> None:
