@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+import random
 import re
 import zipfile
 from pathlib import Path
@@ -144,6 +145,16 @@ def test_every_id_of_the_public_vocabulary_decodes_without_its_table() -> None:
     assert len(merges) > 500
     assert token_ids(PRESETS["qwen2-vl-2b"])["<|image_pad|>"] == 151_655
     assert len(ADDED_TOKENS["qwen2_5_vl"]) == 22
+
+
+def test_what_is_made_of_made_up_words_comes_back_as_the_same_tokens(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "out", "qwen2-vl-2b", weights=False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    rng = random.Random(0)
+    said = [*range(1100, 1200), *(rng.randrange(1100, 151_643) for _ in range(1000))]
+    text = tokenizer.decode(said)
+    assert tokenizer.encode(text) == said
+    assert tokenizer.decode(said[:1]) + tokenizer.decode(said[1:]) == text
 
 
 def table_of(vocab: dict[str, int]) -> bytes:

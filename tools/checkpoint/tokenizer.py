@@ -17,6 +17,7 @@ SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+MADE_UP_LETTERS = [chr(code) for code in range(0x561, 0x587)]  # Armenian, which the built-in text has none of
 TABLE_NAMES = ("dashscope/resources/qwen.tiktoken", "qwen_agent/utils/qwen.tiktoken")
 
 # Text, images and videos in the order of a message's parts; a default system turn where the dialogue has none.
@@ -213,9 +214,29 @@ def small_vocabulary(num_tokens: int) -> tuple[dict[str, int], list[Merge]]:
     vocab = {character: byte for byte, character in enumerate(byte_characters())}
     for left, right in merges:
         vocab.setdefault(left + right, len(vocab))
-    while len(vocab) < num_tokens:
-        vocab[f"Ġword{len(vocab)}"] = len(vocab)
+    merges += add_words(vocab, num_tokens)
     return vocab, merges
+
+
+def add_words(vocab: dict[str, int], num_tokens: int) -> list[Merge]:
+    """Make up words until the vocabulary has num_tokens; returns the merges that lead to them.
+
+    A word's text is one token again, as most text of a real vocabulary is: what a model of random weights has said
+    comes back in a dialogue as the tokens that it was.
+    """
+    characters = byte_characters()
+    letters = ["".join(characters[byte] for byte in letter.encode()) for letter in MADE_UP_LETTERS]
+    merges = [(letter[0], letter[1]) for letter in letters]
+    beginnings = ["Ġ"]
+    for start in beginnings:  # which grows meanwhile: all words of one letter, then all of two
+        merges += [(start, letter) for letter in letters]
+        beginnings += [start + letter for letter in letters]
+        if len(beginnings) + len(letters) > num_tokens - len(vocab):
+            break
+    merges = merges[: num_tokens - len(vocab)]
+    for left, right in merges:
+        vocab[left + right] = len(vocab)
+    return merges
 
 
 def learn_merges(counts: Counter[str], num_merges: int) -> list[Merge]:
