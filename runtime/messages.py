@@ -232,6 +232,7 @@ class Encode(Message, frozen=True):
     shape: tuple[int, int, int, int]
     pages: tuple[int, ...]  # row r lies in pages[r // page_rows] at r % page_rows
     host_pages: tuple[int, ...] = ()  # of the ViT's host memory, where the rows are kept as well; (): they are not
+    more_follow: bool = False  # other images are being decoded: those of one request come within a millisecond
 
 
 class Restore(Message, frozen=True):

@@ -493,7 +493,16 @@ class MediaWork:
         job.stage = Stage.ENCODING
         slab.num_encoding_patches += job.num_patches
         assert job.pixels is not None
-        encode = Encode(job.encode_id, job.mm_hash, job.grid_thw, job.pixels, job.shape, entry.pages, entry.host_pages)
+        encode = Encode(
+            job.encode_id,
+            job.mm_hash,
+            job.grid_thw,
+            job.pixels,
+            job.shape,
+            entry.pages,
+            entry.host_pages,
+            more_follow=bool(self.decoding),
+        )
         self._send(slab.vit, encode)
 
     def _unblock_arena(self, now_s: float) -> None:

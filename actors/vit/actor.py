@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import NamedTuple, Protocol, TypeVar, assert_never
 
 from vlmrt.actors.vit.batcher import EncodeQueue
@@ -32,6 +33,7 @@ from vlmrt.runtime.messages import (
 
 SCHEDULER = ActorName("scheduler:0")
 MAX_QUEUED = 4096
+GATHER_S = 0.002  # an idle tower waits so long for images that follow: apart, two of a request take it twice as long
 MAX_RESTORED_TOGETHER = 16  # images; the first of many are answered early
 MAX_WATCH_INTERVAL_S = 1.0
 Given = TypeVar("Given")
@@ -81,6 +83,7 @@ class VitActor:
         self._load = load
         self._queue = EncodeQueue(context.config.parallel.max_patches_per_batch, MAX_QUEUED)
         self._queued = asyncio.Event()
+        self._none_follow = asyncio.Event()  # the image queued last came without others behind it
         self._restores: dict[int, Restore] = {}  # by encode_id, oldest first
         self._restores_queued = asyncio.Event()
         self._restoring: asyncio.Future[list[Answer]] | None = None  # what the thread was given last
@@ -117,6 +120,10 @@ class VitActor:
             case Encode():
                 if self._queue.put(message):
                     self._queued.set()
+                    if message.more_follow:
+                        self._none_follow.clear()
+                    else:
+                        self._none_follow.set()
                 else:
                     self._refuse(message.encode_id, f"{MAX_QUEUED} images are queued already", 503, "overloaded")
             case Restore():
@@ -149,6 +156,8 @@ class VitActor:
         while True:
             if issued is None:
                 await self._queued.wait()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._none_follow.wait(), GATHER_S)
             begun = await self._begin(encoder)
             if issued is not None:
                 await self._finish(encoder, issued)

@@ -41,6 +41,14 @@ def test_an_image_goes_from_edge_to_media_worker_to_vit_to_the_step_that_reads_i
     check_nothing_is_held(driver.state)
 
 
+def test_an_encode_says_whether_more_images_are_being_decoded() -> None:
+    driver = Driver()
+    driver.submit("r1", 20, (image("a", 2, 4), image("b", 8, 4)))
+    (first,) = messages(driver.pixels("a"), Encode)
+    (last,) = messages(driver.pixels("b"), Encode)
+    assert (first.more_follow, last.more_follow) == (True, False)
+
+
 def test_text_and_first_images_go_ahead_while_later_ones_are_encoded() -> None:
     driver = Driver()
     driver.submit("r1", 100, (image("a", 70, 4), image("b", 78, 4)))

@@ -21,6 +21,7 @@ from transformers import Qwen2VLImageProcessorPil
 
 from tests.actors.vit.conftest import Checkpoint
 from tests.support import FakeContext, FakeMemory, make_config, peer_down, peer_up
+from vlmrt.actors.vit import actor as vit_actor
 from vlmrt.actors.vit.actor import EncodeStuck, VitActor
 from vlmrt.actors.vit.encoder import Answer, EncodeBatch
 from vlmrt.actors.vit.engines.engine import Pixels
@@ -181,6 +182,27 @@ async def test_rows_in_shuffled_pages_equal_the_reference(
         batches = sum(snapshot.histograms["vit_batch_images"].counts)
         assert batches == {10: 6, 100: 3, 10_000: 1}[max_patches]
         assert sum(snapshot.histograms["encode_seconds"].counts) == batches
+
+
+async def test_an_idle_tower_waits_for_an_image_that_follows_and_not_for_one_that_does_not_come(
+    one_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(one_checkpoint, tmp_path) as bench:
+
+        def num_batches() -> int:
+            return sum(bench.context.metrics.snapshot().histograms["vit_batch_images"].counts)
+
+        monkeypatch.setattr(vit_actor, "GATHER_S", 60.0)
+        first, last, late = (bench.message(picture(seed, (4, 4))) for seed in range(3))
+        await bench.encode(msgspec.structs.replace(first, more_follow=True))
+        await asyncio.sleep(0)
+        await bench.encode(last)
+        await bench.answers(2)
+        assert num_batches() == 1
+        monkeypatch.setattr(vit_actor, "GATHER_S", 0.001)
+        await bench.encode(msgspec.structs.replace(late, more_follow=True))
+        await bench.answers(1)
+        assert num_batches() == 2
 
 
 async def test_an_image_that_cannot_be_read_fails_alone(one_checkpoint: Checkpoint, tmp_path: Path) -> None:
