@@ -15,6 +15,8 @@ from tests.system.server import Server, launch
 from vlmrt.tools.checkpoint import make_checkpoint
 
 CONCURRENCY = 16
+NUM_TALKERS = 40
+TALK_TOKENS = 160  # ten blocks each, which nobody has set aside for them: where there are few, talkers are preempted
 WORDS = "what is this picture and how many red shapes do you see left of the blue one".split()
 
 
@@ -62,13 +64,20 @@ def ask(server: Server, question: Question, num_tokens: int) -> tuple[list[int],
 def check_parity(
     checkpoint: Path, run_root: Path, arguments: list[str], indices: range, num_tokens: int
 ) -> dict[str, int]:
-    """Every question asked twice (the second time the caches are warm); returns what was counted."""
+    """Every question asked twice (the second time the caches are warm), and after them, all at once, short questions
+    with long answers; returns what was counted.
+    """
+    talks = [Question([{"role": "user", "content": f"tell me {number}"}], []) for number in range(NUM_TALKERS)]
     questions = [make_question(index) for index in indices]
     with launch("--model", str(checkpoint), *arguments, run_root=run_root) as server:
         with ThreadPoolExecutor(CONCURRENCY) as pool:
             answers = list(pool.map(lambda question: ask(server, question, num_tokens), questions * 2))
+        with ThreadPoolExecutor(NUM_TALKERS) as pool:
+            talk_answers = list(pool.map(lambda talk: ask(server, talk, TALK_TOKENS), talks))
         metrics = server.metrics()
     reference = Reference(checkpoint)
+    for talk, (_, output_ids) in zip(talks, talk_answers, strict=True):
+        reference.judge(reference.inputs(talk.messages, talk.pictures), output_ids)
     counted = {"tokens": 0, "ties": 0}
     for question, *both in zip(questions, answers[: len(questions)], answers[len(questions) :], strict=True):
         inputs = reference.inputs(question.messages, question.pictures)
