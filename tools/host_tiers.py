@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from vlmrt.runtime.config import Config, Device
 from vlmrt.runtime.errors import StartupError
 
 DEFAULT_EMBEDDING_HOST_CACHE_GIB: dict[Device, float] = {"cpu": 0.0, "cuda": 2.0}
-MEMINFO = Path("/proc/meminfo")
-KIB_PER_GIB = 1 << 20
 
 
 def embedding_host_cache_gib(arguments: argparse.Namespace, device: Device) -> float:
@@ -29,12 +26,6 @@ def kv_host_cache_gib(arguments: argparse.Namespace) -> float:
     if asked and arguments.no_prefix_caching:
         raise StartupError(f"--kv-host-cache-gib {asked:g}: --no-prefix-caching leaves nothing to keep there")
     return asked
-
-
-def available_gib(meminfo: Path = MEMINFO) -> float:
-    """Memory of the host that processes can have without swapping."""
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    return int(fields["MemAvailable"].split()[0]) / KIB_PER_GIB
 
 
 def check_host_memory(config: Config, available: float) -> None:

@@ -33,9 +33,10 @@ from vlmrt.runtime.config import (
     SupervisionOptions,
 )
 from vlmrt.runtime.errors import StartupError
+from vlmrt.runtime.host_memory import available_gib
 from vlmrt.runtime.supervisor import Supervisor
 from vlmrt.tools.devices import num_cuda_devices
-from vlmrt.tools.host_tiers import available_gib, check_host_memory, embedding_host_cache_gib, kv_host_cache_gib
+from vlmrt.tools.host_tiers import check_host_memory, embedding_host_cache_gib, kv_host_cache_gib
 from vlmrt.tools.launch_report import LaunchReport
 from vlmrt.tools.model_source import locate_model
 

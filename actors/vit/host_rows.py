@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmrt.runtime.errors import StartupError
+from vlmrt.runtime.host_memory import available_gib
 from vlmrt.runtime.messages import Restore
 from vlmrt.runtime.slab import EmbeddingSlab, slab_bytes
 
-_MEMINFO = Path("/proc/meminfo")
+GIB = 1 << 30
 
 
 class HostRows:
@@ -93,17 +93,16 @@ def _pin(rows: Tensor) -> None:
     error = int(_cudart().cudaHostRegister(rows.data_ptr(), rows.nbytes, 0))
     if error:
         raise StartupError(
-            f"{rows.nbytes / 2**30:.2f} GiB of host memory cannot be pinned (CUDA error {error}); "
+            f"{rows.nbytes / GIB:.2f} GiB of host memory cannot be pinned (CUDA error {error}); "
             "lower --embedding-host-cache-gib"
         )
 
 
 def _check_available(num_bytes: int) -> None:
-    """Raises: StartupError if the host has less memory to give; on Linux an allocation alone does not tell."""
-    fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
-    available = int(fields["MemAvailable"].split()[0]) << 10
-    if num_bytes > available:
+    """Raises: StartupError if the host has less memory to give."""
+    asked, available = num_bytes / GIB, available_gib()
+    if asked > available:
         raise StartupError(
-            f"--embedding-host-cache-gib: {num_bytes / 2**30:.2f} GiB are asked for, "
-            f"and the host has {available / 2**30:.2f} GiB of memory to give"
+            f"--embedding-host-cache-gib: {asked:.2f} GiB are asked for, "
+            f"and the host has {available:.2f} GiB of memory to give"
         )

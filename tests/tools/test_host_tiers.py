@@ -10,10 +10,11 @@ from tests.support import make_config
 from vlmrt.actors.models.registry import load_model_config
 from vlmrt.runtime.config import Config, MemoryOptions, ParallelOptions
 from vlmrt.runtime.errors import StartupError
+from vlmrt.runtime.host_memory import available_gib
 from vlmrt.runtime.messages import ActorName, Epoch, LlmReady
 from vlmrt.tools import demo
 from vlmrt.tools.cli import build_parser
-from vlmrt.tools.host_tiers import available_gib, check_host_memory, embedding_host_cache_gib, kv_host_cache_gib
+from vlmrt.tools.host_tiers import check_host_memory, embedding_host_cache_gib, kv_host_cache_gib
 from vlmrt.tools.launch import build_config
 from vlmrt.tools.launch_report import LaunchReport
 
