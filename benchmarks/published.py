@@ -68,7 +68,7 @@ PEER_FIGURES: Table = {
 
 ONCE = {  # no picture is done twice, whatever the model
     (workload, figure): 1.0
-    for workload in ("dialogue", "sliding-window")
+    for workload in ("dialogue", "dialogue-crowd", "sliding-window")
     for figure in ("decodes_per_picture", "encodes_per_picture")
 }
 

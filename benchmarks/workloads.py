@@ -115,8 +115,8 @@ def stall(name: str, num_bursts: int) -> Callable[[Scale, int], Load]:
     return load
 
 
-def dialogues(name: str, num_dialogues: int, num_tokens: int) -> Callable[[Scale, int], Load]:
-    """10 clients; a fresh picture in the first of 5 turns, and text alone in the others."""
+def dialogues(name: str, num_dialogues: int, num_clients: int, num_tokens: int) -> Callable[[Scale, int], Load]:
+    """A fresh picture in the first of 5 turns, and text alone in the others."""
 
     def load(scale: Scale, seed: int) -> Load:
         def dialogue(number: int) -> list[Ask]:
@@ -124,7 +124,7 @@ def dialogues(name: str, num_dialogues: int, num_tokens: int) -> Callable[[Scale
             asks = [Ask(text, length, turn=turn) for turn, text in enumerate(TURNS, start=1)]
             return [asks[0]._replace(pictures=(picture(VGA, seed, name, number),)), *asks[1:]]
 
-        return dealt([dialogue(number) for number in range(scale(num_dialogues))], NUM_CLIENTS)
+        return dealt([dialogue(number) for number in range(scale(num_dialogues))], num_clients)
 
     return load
 
@@ -231,8 +231,16 @@ WORKLOADS = (
     Workload(
         "dialogue",
         "20 dialogues of 5 turns, 10 at a time, a fresh 640x480 image in turn 1, 128 tokens out",
-        dialogues("dialogue", 20, 128),
-        dialogues("dialogue", 10, 16),
+        dialogues("dialogue", 20, NUM_CLIENTS, 128),
+        dialogues("dialogue", 10, NUM_CLIENTS, 16),
+        dialogue_rate,
+        shows_caches=True,
+    ),
+    Workload(
+        "dialogue-crowd",
+        "60 dialogues of 5 turns, all at once, a fresh 640x480 image in turn 1, 128 tokens out",
+        dialogues("crowd", 60, 60, 128),
+        dialogues("crowd", 10, 10, 16),
         dialogue_rate,
         shows_caches=True,
     ),

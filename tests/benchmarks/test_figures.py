@@ -130,6 +130,7 @@ def test_the_workloads_have_the_counts_they_say() -> None:
         "eight-images": [25, 10, 200, 0],
         "stall": [32, 32, 32, 8],
         "dialogue": [100, 10, 20, 0],
+        "dialogue-crowd": [300, 60, 60, 0],
         "sliding-window": [240, 30, 1200, 0],
     }
 
