@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import torch
 
-from vlmrt.actors.llm.kv_host_tier import HostBlocks, KvHostTier
+from vlmrt.actors.llm.kv_host_tier import KvHostTier
+from vlmrt.runtime.host_buffer import HostBuffer
 from vlmrt.runtime.messages import BlockCopy
 
 DEVICE = torch.device("cuda", 0)
@@ -52,7 +53,8 @@ def main() -> int:
     for name, shape in SHAPES.items():
         layers, *rest = shape
         cache = torch.randn(layers, NUM_BLOCKS, *rest, dtype=torch.bfloat16, device=DEVICE)
-        tier = KvHostTier(cache, HostBlocks(NUM_BLOCKS, shape, torch.bfloat16, DEVICE))
+        host = HostBuffer((NUM_BLOCKS, *shape), torch.bfloat16, DEVICE, "--kv-host-cache-gib")
+        tier = KvHostTier(cache, host)
         if not comes_back(cache, tier):
             print(f"{name}: what came back is not what went", file=sys.stderr)
             return 1

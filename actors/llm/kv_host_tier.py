@@ -5,28 +5,25 @@ What lies where is the scheduler's business: a plan names both ends of every cop
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from vlmrt.actors.llm.kv_cache import GIB, block_bytes, zeros
+from vlmrt.actors.llm.kv_cache import GIB, block_bytes
 from vlmrt.actors.llm.slots import PlanError
 from vlmrt.actors.models.config import TextConfig
 from vlmrt.kernels.block_copies import gather_blocks, scatter_blocks
 from vlmrt.runtime.config import Config
 from vlmrt.runtime.errors import StartupError
+from vlmrt.runtime.host_buffer import HostBuffer
 from vlmrt.runtime.messages import BlockCopy
 
-MAX_PIECE_BYTES = GIB
 # Staging on the device.  While one part's blocks cross the link, steps and the next part's blocks need not wait.
 PART_BLOCKS = 32
 NUM_PARTS = 4
-
-Progress = Callable[[int, int], None]
 
 
 def num_blocks_of_host(config: Config, text: TextConfig, dtype: torch.dtype) -> int:
@@ -47,64 +44,6 @@ def staging_bytes(size: int) -> int:
     return NUM_PARTS * PART_BLOCKS * size
 
 
-class HostBlocks:
-    """Host memory for blocks, pinned where the device is a GPU.
-
-    It lies in pieces, since torch rounds pinned memory up to a power of two: 20 GiB in one would take 32.
-    """
-
-    def __init__(
-        self,
-        num_blocks: int,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device,
-        progress: Progress | None = None,
-    ) -> None:
-        """shape: of one block.  progress gets (bytes pinned, bytes to pin).
-
-        Raises: StartupError if there is not so much memory.
-        """
-        self._num_blocks = num_blocks
-        size = math.prod(shape) * dtype.itemsize
-        self._piece_blocks = max(1, MAX_PIECE_BYTES // size)
-        self._pieces: list[Tensor] = []
-        if device.type != "cpu":
-            torch.cuda.set_device(device)  # the thread's; pinning would make a context on the first GPU otherwise
-        try:
-            for first in range(0, num_blocks, self._piece_blocks):
-                if progress is not None:
-                    progress(first * size, num_blocks * size)
-                piece_shape = (min(self._piece_blocks, num_blocks - first), *shape)
-                if device.type == "cpu":
-                    self._pieces.append(zeros(piece_shape, dtype, device))
-                else:
-                    self._pieces.append(torch.empty(piece_shape, dtype=dtype, pin_memory=True))
-        except (OSError, RuntimeError) as error:
-            reason = str(error).partition("\n")[0]
-            raise StartupError(
-                f"--kv-host-cache-gib: {num_blocks * size / GIB:.2f} GiB of host memory cannot be had: {reason}"
-            ) from None
-        if progress is not None and num_blocks:
-            progress(num_blocks * size, num_blocks * size)
-
-    def __len__(self) -> int:
-        return self._num_blocks
-
-    def runs(self, host_block_ids: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
-        """Neighbours among ascending ids that lie side by side: (their places among the ids, their memory)."""
-
-        def run_of(place: int) -> tuple[int, int]:
-            host_block_id = host_block_ids[place]
-            return host_block_id // self._piece_blocks, host_block_id - place
-
-        for (piece, _), places in groupby(range(len(host_block_ids)), run_of):
-            first, *others = places
-            num_blocks = 1 + len(others)
-            start = host_block_ids[first] % self._piece_blocks
-            yield slice(first, first + num_blocks), self._pieces[piece][start : start + num_blocks]
-
-
 @dataclass(frozen=True, slots=True)
 class Part:
     """A part of the staging, used by the compute stream and the copy stream in turn."""
@@ -122,8 +61,8 @@ class KvHostTier:
     waits for loads, and for saves only while the staging is full.  The host waits for nothing.
     """
 
-    def __init__(self, cache: Tensor, host: HostBlocks) -> None:
-        """cache: [2 * layers, num_blocks, ...] of kv_cache.allocate; host: blocks of its shape and dtype."""
+    def __init__(self, cache: Tensor, host: HostBuffer) -> None:
+        """cache: [2 * layers, num_blocks, ...] of kv_cache.allocate; host: [num_host_blocks, 2 * layers, ...] alike."""
         self._cache = cache
         self._host = host
         self._parts: list[Part] = []
@@ -144,8 +83,8 @@ class KvHostTier:
         self._check(copies)
         last = {copy.host_block_id: copy for copy in copies}.values()
         if self._copy_stream is None:
-            for block_id, block in self._on_cpu(last):
-                block.copy_(self._cache[:, block_id])
+            for copy in last:
+                self._host.tensor[copy.host_block_id].copy_(self._cache[:, copy.block_id])
             return
         compute = torch.cuda.current_stream(self._cache.device)
         for part, block_ids, host_block_ids in self._staged(last):
@@ -155,7 +94,7 @@ class KvHostTier:
             part.filled.record(compute)
             self._copy_stream.wait_event(part.filled)
             with torch.cuda.stream(self._copy_stream):
-                for places, memory in self._host.runs(host_block_ids):
+                for places, memory in self._runs(host_block_ids):
                     memory.copy_(part.blocks[places], non_blocking=True)
                 part.emptied.record(self._copy_stream)
 
@@ -167,14 +106,14 @@ class KvHostTier:
         self._check(copies)
         last = {copy.block_id: copy for copy in copies}.values()
         if self._copy_stream is None:
-            for block_id, block in self._on_cpu(last):
-                self._cache[:, block_id].copy_(block)
+            for copy in last:
+                self._cache[:, copy.block_id].copy_(self._host.tensor[copy.host_block_id])
             return
         compute = torch.cuda.current_stream(self._cache.device)
         for part, block_ids, host_block_ids in self._staged(last):
             self._copy_stream.wait_event(part.emptied)
             with torch.cuda.stream(self._copy_stream):
-                for places, memory in self._host.runs(host_block_ids):
+                for places, memory in self._runs(host_block_ids):
                     part.blocks[places].copy_(memory, non_blocking=True)
                 part.filled.record(self._copy_stream)
             part.block_ids[: len(block_ids)].copy_(_pinned(block_ids), non_blocking=True)
@@ -183,7 +122,7 @@ class KvHostTier:
             part.emptied.record(compute)
 
     def _check(self, copies: Sequence[BlockCopy]) -> None:
-        num_blocks, num_host_blocks = self._cache.shape[1], len(self._host)
+        num_blocks, num_host_blocks = self._cache.shape[1], len(self._host.tensor)
         for copy in copies:
             if not (0 <= copy.block_id < num_blocks and 0 <= copy.host_block_id < num_host_blocks):
                 raise PlanError(
@@ -191,11 +130,13 @@ class KvHostTier:
                     f"the {num_blocks} and {num_host_blocks} there are"
                 )
 
-    def _on_cpu(self, copies: Iterable[BlockCopy]) -> Iterator[tuple[int, Tensor]]:
-        """(block id, memory of its host block)"""
-        for copy in copies:
-            for _, memory in self._host.runs([copy.host_block_id]):
-                yield copy.block_id, memory[0]
+    def _runs(self, host_block_ids: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
+        """Neighbours among ascending ids: (their places among the ids, their memory)."""
+        for _, places in groupby(range(len(host_block_ids)), lambda place: host_block_ids[place] - place):
+            first, *others = places
+            num_blocks = 1 + len(others)
+            start = host_block_ids[first]
+            yield slice(first, first + num_blocks), self._host.tensor[start : start + num_blocks]
 
     def _staged(self, copies: Iterable[BlockCopy]) -> Iterator[tuple[Part, list[int], list[int]]]:
         """The copies in the order of their host blocks, cut to parts: (part, block ids, host block ids)."""

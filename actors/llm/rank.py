@@ -24,7 +24,7 @@ from vlmrt.actors.llm.kv_cache import (
     num_blocks_that_fit,
     room_for,
 )
-from vlmrt.actors.llm.kv_host_tier import HostBlocks, KvHostTier, num_blocks_of_host, staging_bytes
+from vlmrt.actors.llm.kv_host_tier import KvHostTier, num_blocks_of_host, staging_bytes
 from vlmrt.actors.llm.process_group import RankGroup, join_group
 from vlmrt.actors.llm.runner import PendingStep, Runner
 from vlmrt.actors.llm.slots import Slots
@@ -38,6 +38,7 @@ from vlmrt.actors.models.registry import check_tensor_parallel, family, load_mod
 from vlmrt.runtime.actor import ActorContext
 from vlmrt.runtime.config import Config
 from vlmrt.runtime.errors import StartupError
+from vlmrt.runtime.host_buffer import HostBuffer
 from vlmrt.runtime.messages import (
     BlockCopy,
     DetachSlab,
@@ -169,12 +170,11 @@ def load_rank(context: ActorContext) -> LoadedRank:
 
 def _host_blocks(
     context: ActorContext, model_config: ModelConfig, num_blocks: int, device: torch.device, dtype: torch.dtype
-) -> HostBlocks:
+) -> HostBuffer:
     """In a thread of its own while weights load: pinning takes seconds for some GiB."""
     config = context.config
     shape = block_shape(model_config.text, config.parallel.tp, config.scheduling.block_size)
-    progress = partial(context.progress, "pinning host memory") if device.type != "cpu" else None
-    return HostBlocks(num_blocks, shape, dtype, device, progress)
+    return HostBuffer((num_blocks, *shape), dtype, device, "--kv-host-cache-gib")
 
 
 def _workspace_bytes(

@@ -81,7 +81,6 @@ class Encoder:
     def close(self) -> None:
         self._reader.close()
         self.slab.close()
-        self._host_rows.close()
 
     def restore(self, restores: Sequence[Restore]) -> list[Answer]:
         """Rows from host memory into the slab; one answer for each image, when they are there.

@@ -13,12 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmrt.runtime.errors import StartupError
-from vlmrt.runtime.host_memory import available_gib
+from vlmrt.runtime.host_buffer import HostBuffer
 from vlmrt.runtime.messages import Restore
-from vlmrt.runtime.slab import EmbeddingSlab, slab_bytes
-
-GIB = 1 << 30
+from vlmrt.runtime.slab import EmbeddingSlab
 
 
 class HostRows:
@@ -29,21 +26,13 @@ class HostRows:
         self.num_pages = num_pages
         self._slab = slab
         self._page_rows = slab.page_rows
-        num_bytes = slab_bytes(num_pages, slab.page_rows, slab.width, slab.dtype)
-        _check_available(num_bytes)
         dtype: torch.dtype = getattr(torch, slab.dtype)
-        self._rows = torch.empty(num_pages * slab.page_rows, slab.width, dtype=dtype)
         device = slab.tensor().device
+        shape = (num_pages * slab.page_rows, slab.width)
+        self._buffer = HostBuffer(shape, dtype, device, "--embedding-host-cache-gib")
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda" and num_pages:
-            _pin(self._rows)
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    def close(self) -> None:
-        """Unpin it.  The device has finished: the slab is closed already."""
-        if self._stream is not None:
-            self._stream = None
-            _cudart().cudaHostUnregister(self._rows.data_ptr())
 
     def save(self, rows: Tensor, pages: Sequence[int]) -> None:
         """Queue the copy of an image's rows [n, width], on the slab's device, into these pages."""
@@ -69,7 +58,7 @@ class HostRows:
 
     def _at(self, page: int, num_rows: int) -> Tensor:
         first = page * self._page_rows
-        return self._rows[first : first + num_rows]
+        return self._buffer.tensor[first : first + num_rows]
 
     def _own_stream(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
@@ -82,27 +71,3 @@ def _stretches(*pages: Sequence[int]) -> Iterator[tuple[int, int]]:
         if index == num_pages or any(each[index] != each[index - 1] + 1 for each in pages):
             yield start, index - start
             start = index
-
-
-def _cudart() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
-
-
-def _pin(rows: Tensor) -> None:
-    """In place: torch.empty(pin_memory=True) takes the next power of two of bytes.  Raises: StartupError."""
-    error = int(_cudart().cudaHostRegister(rows.data_ptr(), rows.nbytes, 0))
-    if error:
-        raise StartupError(
-            f"{rows.nbytes / GIB:.2f} GiB of host memory cannot be pinned (CUDA error {error}); "
-            "lower --embedding-host-cache-gib"
-        )
-
-
-def _check_available(num_bytes: int) -> None:
-    """Raises: StartupError if the host has less memory to give."""
-    asked, available = num_bytes / GIB, available_gib()
-    if asked > available:
-        raise StartupError(
-            f"--embedding-host-cache-gib: {asked:.2f} GiB are asked for, "
-            f"and the host has {available:.2f} GiB of memory to give"
-        )

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from vlmrt.actors.llm.kv_cache import allocate, block_shape, by_layer
-from vlmrt.actors.llm.kv_host_tier import HostBlocks, KvHostTier
+from vlmrt.actors.llm.kv_host_tier import KvHostTier
 from vlmrt.actors.llm.runner import PendingStep, Runner
 from vlmrt.actors.llm.slots import Slots
 from vlmrt.actors.models.config import ModelConfig
 from vlmrt.actors.models.layers import TensorParallel
 from vlmrt.actors.models.qwen2_vl.language import LanguageModel
 from vlmrt.actors.models.rope_index import MediaSpan, rope_delta
+from vlmrt.runtime.host_buffer import HostBuffer
 from vlmrt.runtime.messages import (
     ActorName,
     BlockCopy,
@@ -236,7 +237,8 @@ def make_runner(
     cache.fill_(float("nan"))  # unwritten slots hold what an earlier request left: it must not matter
     host_tier = None
     if num_host_blocks:
-        host = HostBlocks(num_host_blocks, block_shape(config.text, tp.size, BLOCK_SIZE), torch.float32, on)
+        shape = block_shape(config.text, tp.size, BLOCK_SIZE)
+        host = HostBuffer((num_host_blocks, *shape), torch.float32, on, "--kv-host-cache-gib")
         host_tier = KvHostTier(cache, host)
     slots = Slots(NUM_SLOTS, MAX_MODEL_LEN, BLOCK_SIZE)
     merge_size = config.vision.spatial_merge_size

@@ -14,18 +14,17 @@ from torch import Tensor
 from tests.actors.llm.conftest import Checkpoint
 from tests.actors.llm.driver import BLOCK_SIZE, PAGE_ROWS, Driver, FakeSlab, make_runner
 from tests.support import make_config
-from vlmrt.actors.llm import kv_host_tier
-from vlmrt.actors.llm.kv_host_tier import NUM_PARTS, PART_BLOCKS, HostBlocks, KvHostTier, num_blocks_of_host
+from vlmrt.actors.llm.kv_host_tier import NUM_PARTS, PART_BLOCKS, KvHostTier, num_blocks_of_host
 from vlmrt.actors.llm.slots import PlanError
 from vlmrt.actors.models.checkpoint_files import check_weight_files
 from vlmrt.actors.models.layers import TensorParallel
 from vlmrt.actors.models.registry import family
 from vlmrt.runtime.config import MemoryOptions, ParallelOptions, SchedulingOptions
 from vlmrt.runtime.errors import StartupError
+from vlmrt.runtime.host_buffer import HostBuffer
 from vlmrt.runtime.messages import BlockCopy, StepPlan
 
 SHAPE = (6, 4, 2, 8)  # keys and values of 3 layers, tokens, heads, head_dim
-BLOCK_BYTES = 6 * 4 * 2 * 8 * 4
 ON_GPU = pytest.param(
     "cuda:0",
     marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
@@ -37,16 +36,13 @@ def make_tier(num_blocks: int, num_host_blocks: int, device: str) -> tuple[KvHos
     """A tier and the cache that it copies from and to, each of whose values names its block and place."""
     layers, *rest = SHAPE
     cache = torch.arange(layers * num_blocks * 64, dtype=torch.float32, device=device).view(layers, num_blocks, *rest)
-    return KvHostTier(cache, HostBlocks(num_host_blocks, SHAPE, torch.float32, torch.device(device))), cache
+    host = HostBuffer((num_host_blocks, *SHAPE), torch.float32, torch.device(device), "--kv-host-cache-gib")
+    return KvHostTier(cache, host), cache
 
 
-@pytest.mark.parametrize("piece_blocks", [1000, 3])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("device", DEVICES)
-def test_random_copies_do_what_a_dictionary_does(
-    device: str, seed: int, piece_blocks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kv_host_tier, "MAX_PIECE_BYTES", piece_blocks * BLOCK_BYTES)
+def test_random_copies_do_what_a_dictionary_does(device: str, seed: int) -> None:
     rng = random.Random(seed)
     num_blocks, num_host_blocks = 9, 11
     tier, cache = make_tier(num_blocks, num_host_blocks, device)
@@ -94,14 +90,6 @@ def test_blocks_that_do_not_exist_are_refused_before_anything_is_copied(copy: Bl
     assert torch.equal(cache, before)
 
 
-def test_neighbours_are_one_run_within_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_host_tier, "MAX_PIECE_BYTES", 5 * BLOCK_BYTES)
-    host = HostBlocks(12, SHAPE, torch.float32, torch.device("cpu"))
-    runs = [(places.start, places.stop) for places, _ in host.runs([0, 1, 3, 4, 5, 6, 6, 7, 11])]
-    assert runs == [(0, 2), (2, 4), (4, 6), (6, 8), (8, 9)]
-    assert [len(memory) for _, memory in host.runs([2, 3, 4, 5])] == [3, 1]
-
-
 def test_a_size_is_of_each_rank_and_holds_at_least_a_block(one_checkpoint: Checkpoint) -> None:
     def num_blocks(gib: float, tp: int) -> int:
         config = make_config(
@@ -115,11 +103,6 @@ def test_a_size_is_of_each_rank_and_holds_at_least_a_block(one_checkpoint: Check
     assert num_blocks(0.25, 2) == 2 * num_blocks(0.25, 1) > 0
     with pytest.raises(StartupError, match="--kv-host-cache-gib 1e-07"):
         num_blocks(1e-7, 1)
-
-
-def test_memory_that_cannot_be_had_is_refused() -> None:
-    with pytest.raises(StartupError, match=r"--kv-host-cache-gib: .* GiB of host memory cannot be had"):
-        HostBlocks(1, (1 << 50,), torch.float32, torch.device("cpu"))
 
 
 # ---------------------------------------------------------------- within a rank's steps

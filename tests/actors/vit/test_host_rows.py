@@ -55,4 +55,3 @@ def test_rows_go_to_host_memory_and_back_bit_for_bit(device: str, tmp_path: Path
         assert torch.equal(target[index], rows)
         assert int((target != -1).any(dim=1).sum()) == num_rows
     slab.close()
-    host.close()
