@@ -87,7 +87,11 @@ def _float_of_key(key):
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["mask_stride", "num_bias", "has_penalties", "has_mask"])
+# What lies where in a step's inputs, and what its rows ask for, makes no other variant.
+@triton.jit(
+    do_not_specialize=["mask_stride", "num_bias", "has_penalties", "has_mask"],
+    do_not_specialize_on_alignment=["rows_ptr", "positions_ptr"],
+)
 def _scan_kernel(
     logits_ptr,
     rows_ptr,
@@ -292,7 +296,7 @@ def _winner(values_ptr, list_ptr, num, size, lowest, value, token, key):
     return tl.min(tl.where(scores == tl.max(scores), tokens, NO_TOKEN))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr", "positions_ptr"])
 def _choose_kernel(
     best_ptr,
     token_ptr,
