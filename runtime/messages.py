@@ -17,7 +17,7 @@ import msgspec
 
 from vlmrt.runtime.errors import WireError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 RequestId = NewType("RequestId", str)
 MmHash = NewType("MmHash", str)  # 128 bits or more, hexadecimal: content and every option that changes the rows
@@ -55,6 +55,14 @@ class MediaItem(msgspec.Struct, frozen=True, array_like=True):
     has_bytes: bool = True  # whether the edge can answer NeedMedia; False: named by uuid alone
 
 
+class LogitBias(msgspec.Struct, frozen=True, array_like=True):
+    """What is added to one token's logit while the output is shorter than `before` tokens; several for a token add up."""
+
+    token_id: int
+    value: float  # -inf: the token cannot be chosen
+    before: int = 2**31 - 1
+
+
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
     """How tokens are chosen.  Every default is resolved by the edge; a rank reads nothing else."""
 
@@ -66,6 +74,16 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     seed: int = 0  # int64; the edge draws one where the client gave none
+    logit_bias: tuple[LogitBias, ...] = ()
+    num_logprobs: int = -1  # -1: none; else the chosen token's logprob and those of so many likeliest tokens
+    grammar: str = ""  # what the output must match, as llguidance reads it; empty: anything
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Natural logarithms of probabilities by the model's own logits: before bias, penalties, temperature, grammar."""
+
+    logprob: float  # of the chosen token
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob) of the likeliest, best first
 
 
 class StopRule(msgspec.Struct, frozen=True, array_like=True):
@@ -175,6 +193,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     usage: Usage
     finish_reason: FinishReason | None = None
     error: WireError | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()  # as many as token_ids, or none where they are not asked for
 
 
 class TokenBatch(Message, frozen=True):
@@ -367,13 +386,21 @@ class StepPlan(Message, frozen=True):
 # ---------------------------------------------------------------- llm rank 0 -> scheduler
 
 
+class FailedRow(msgspec.Struct, frozen=True, array_like=True):
+    """A row of the plan whose sequence is lost."""
+
+    row: int
+    reason: Literal["out_of_memory", "grammar"]  # found no memory even alone; its grammar came to no next token
+
+
 class StepResult(Message, frozen=True):
     """The step is complete on the device: its embedding rows are copied, its tokens sampled."""
 
     step: int
     token_ids: tuple[int, ...]  # one for every row with sample=True that has not failed, in row order
     duration_ms: float  # of this step alone: not its wait behind the step before it
-    failed: tuple[int, ...] = ()  # rows of the plan that found no memory even alone: their sequences are lost
+    failed: tuple[FailedRow, ...] = ()
+    logprobs: tuple[TokenLogprobs | None, ...] = ()  # as token_ids, None where not asked for; (): nobody asked
 
 
 # ---------------------------------------------------------------- actor -> supervisor
