@@ -56,7 +56,7 @@ class MediaItem(msgspec.Struct, frozen=True, array_like=True):
 
 
 class LogitBias(msgspec.Struct, frozen=True, array_like=True):
-    """What is added to one token's logit while the output is shorter than `before` tokens; several for a token add up."""
+    """What is added to a token's logit while the output is shorter than `before` tokens; several of a token add up."""
 
     token_id: int
     value: float  # -inf: the token cannot be chosen

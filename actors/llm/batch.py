@@ -84,10 +84,7 @@ def build_batch(plan: StepPlan, slots: Slots, merge_size: int) -> HostBatch:
     unknown = np.flatnonzero(index >= slots.num_known[slot_of])
     sampled = np.flatnonzero(samples)
     sample_slots = slot[sampled]
-    admitted = {sequence.slot for sequence in plan.admit}
-    is_decode = [
-        row.num_tokens == 1 and row.sample and not row.embeds and row.slot not in admitted for row in plan.rows
-    ]
+    is_decode = ((count == 1) & samples & (start >= slots.num_given[slot])).tolist()
     batch = HostBatch(
         token_ids=slots.token_ids[slot_of, index],
         positions=_positions(plan.rows, slots, slot, slot_of, index, start, cu_seqlens, merge_size),

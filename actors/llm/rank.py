@@ -192,7 +192,12 @@ def _host_blocks(
     """In a thread of its own while weights load: pinning takes seconds for some GiB."""
     config = context.config
     shape = block_shape(model_config.text, config.parallel.tp, config.scheduling.block_size)
-    return HostBuffer((num_blocks, *shape), dtype, device, "--kv-host-cache-gib")
+    if device.type != "cpu" and num_blocks:
+        context.progress("pinning host memory", 0, 1)
+    buffer = HostBuffer((num_blocks, *shape), dtype, device, "--kv-host-cache-gib")
+    if device.type != "cpu" and num_blocks:
+        context.progress("pinning host memory", 1, 1)
+    return buffer
 
 
 def _workspace_bytes(

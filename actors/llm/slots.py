@@ -33,6 +33,7 @@ class Slots:
         self.num_tokens = np.zeros(num_slots, np.int64)
         self.num_known = np.zeros(num_slots, np.int64)
         self.num_prompt_tokens = np.zeros(num_slots, np.int64)
+        self.num_given = np.zeros(num_slots, np.int64)  # tokens that it entered its slot with; later ones are sampled
         self.rope_delta = np.zeros(num_slots, np.int64)
         self.has_spans = np.zeros(num_slots, np.bool_)
         self.admissions = np.zeros(num_slots, np.int64)  # tells a slot's sequences apart
@@ -56,6 +57,7 @@ class Slots:
         self.token_ids[slot, :num_tokens] = sequence.token_ids
         self.num_tokens[slot] = self.num_known[slot] = num_tokens
         self.num_prompt_tokens[slot] = sequence.num_prompt_tokens
+        self.num_given[slot] = num_tokens
         self.rope_delta[slot] = sequence.rope_delta
         self.spans[slot] = tuple(MediaSpan(item.start, item.num_tokens, item.grid_thw) for item in sequence.media)
         self.has_spans[slot] = bool(sequence.media)

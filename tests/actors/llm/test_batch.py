@@ -64,6 +64,18 @@ def test_decode_rows_and_chunks_are_laid_out_in_plan_order() -> None:
     assert batch.unknown_positions.tolist() == []
 
 
+def test_only_a_token_that_was_sampled_in_its_slot_makes_a_decode_row() -> None:
+    """The device has no other as the slot's last token: not the end of a prefill, nor what was sampled before."""
+    slots = Slots(4, 100, BLOCK_SIZE)
+    resumed = sequence(2, 6, (2, 3), num_prompt_tokens=3)
+    admit = (sequence(1, 5, (0, 1)), resumed)
+    build_batch(StepPlan(1, (), admit, (StepRow(1, 0, 4, (), False), StepRow(2, 0, 5, (), False))), slots, 2)
+    ends = (StepRow(1, 4, 1, (), True), StepRow(2, 5, 1, (), True))
+    assert build_batch(StepPlan(2, (), (), ends), slots, 2).num_decodes == 0
+    decodes = (StepRow(1, 5, 1, (), True), StepRow(2, 6, 1, (), True))
+    assert build_batch(StepPlan(3, (), (), decodes), slots, 2).num_decodes == 2
+
+
 def test_a_token_that_is_still_on_its_way_is_taken_from_its_slot() -> None:
     slots = Slots(4, 100, BLOCK_SIZE)
     first = build_batch(StepPlan(1, (), (sequence(2, 4, (0, 1)),), (StepRow(2, 0, 4, (), True),)), slots, 2)
