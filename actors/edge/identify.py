@@ -50,7 +50,7 @@ class NamedImage(Struct, frozen=True):
 class _Options(Struct, frozen=True):
     processing: ImageProcessing
     key: bytes  # of the model and the options
-    has_minimum: bool  # of the client
+    has_minimum: bool  # of the client, above the server's
 
 
 PromptImage = IdentifiedImage | NamedImage
@@ -100,10 +100,8 @@ class ImageIdentifier:
         known = self._options.get(limits)
         if known is None:
             processing = _limited(self._processing, limits)
-            encoded = msgspec.msgpack.encode((self._model_identity, processing))
-            known = _Options(
-                processing, blake2b(encoded, digest_size=DIGEST_BYTES).digest(), limits.min_pixels is not None
-            )
+            key = blake2b(msgspec.msgpack.encode((self._model_identity, processing)), digest_size=DIGEST_BYTES)
+            known = _Options(processing, key.digest(), processing.min_pixels > self._processing.min_pixels)
             if len(self._options) >= MAX_CACHED_OPTIONS:
                 self._options.clear()
             self._options[limits] = known
