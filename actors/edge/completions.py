@@ -48,6 +48,7 @@ class CompletionEndpoint:
         lease.give_back(len(body))
         del body
         prompts = fields.prompts()
+        self._responder.check_room(len(prompts) * (fields.n or 1))
         generations = tuple([await self._generation(fields, prompt) for prompt in prompts])
         token_ids = [generation.prompt.token_ids for generation in generations]
         answer_id = f"cmpl-{secrets.token_hex(16)}"

@@ -100,7 +100,8 @@ class TokenizationEndpoint:
             cache_salt=fields.cache_salt,
         )
         with self._link.look_up() as lookup:
-            built = await self._chat_prompts.build(conversation, lease, lookup, body_bytes=body_bytes)
+            async with self._responder.in_time():
+                built = await self._chat_prompts.build(conversation, lease, lookup, body_bytes=body_bytes)
         return built.prompt.token_ids
 
     async def detokenize(self, request: web.Request) -> web.Response:
