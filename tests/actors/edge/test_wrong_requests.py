@@ -148,17 +148,54 @@ TABLE = [
     Wrong("presence_penalty -3", chat(presence_penalty=-3), "presence_penalty", "invalid_value"),
     Wrong("repetition_penalty 0", chat(repetition_penalty=0), "repetition_penalty", "invalid_value"),
     Wrong("repetition_penalty 1e300", chat(repetition_penalty=1e300), "repetition_penalty", "invalid_value"),
-    Wrong("n 2", chat(n=2), "n", "unsupported_value", says="2"),
+    Wrong("n 129", chat(n=129), "n", "invalid_value", says="129"),
     Wrong("n 0", chat(n=0), "n", "invalid_value"),
     Wrong("n 10**9", chat(n=10**9), "n", "invalid_value"),
-    Wrong("logprobs", chat(logprobs=True), "logprobs", "unsupported_value"),
-    Wrong("top_logprobs without logprobs", chat(top_logprobs=5), "top_logprobs", "unsupported_value"),
+    Wrong("logprobs a number", chat(logprobs=3), "logprobs", "invalid_value"),
+    Wrong("top_logprobs without logprobs", chat(top_logprobs=5), "top_logprobs", "invalid_value"),
     Wrong("top_logprobs 21", chat(logprobs=True, top_logprobs=21), "top_logprobs", "invalid_value"),
     Wrong("JSON output", chat(response_format={"type": "json_object"}), "response_format.type", "unsupported_value"),
     Wrong("tools", chat(tools=[{"type": "function"}]), "tools", "unsupported_value"),
     Wrong("tool_choice required", chat(tool_choice="required"), "tool_choice", "unsupported_value"),
     Wrong("functions", chat(functions=[{}]), "functions", "unsupported_value"),
-    Wrong("logit_bias", chat(logit_bias={"5": 1}), "logit_bias", "unsupported_value"),
+    Wrong("logit_bias a list", chat(logit_bias=[5]), "logit_bias", "invalid_value"),
+    Wrong("logit_bias 101", chat(logit_bias={"5": 101}), "logit_bias", "invalid_value", says="101"),
+    Wrong("logit_bias -100.5", chat(logit_bias={"5": -100.5}), "logit_bias", "invalid_value", says="-100.5"),
+    Wrong("logit_bias of text", chat(logit_bias={"5": "much"}), "logit_bias", "invalid_value"),
+    Wrong("logit_bias of null", chat(logit_bias={"5": None}), "logit_bias", "invalid_value"),
+    Wrong("logit_bias for a word", chat(logit_bias={"cat": 1}), "logit_bias", "invalid_value", says="cat"),
+    Wrong("logit_bias for no word", chat(logit_bias={"": 1}), "logit_bias", "invalid_value"),
+    Wrong("logit_bias for -1", chat(logit_bias={"-1": 1}), "logit_bias", "invalid_value", says="-1"),
+    Wrong("logit_bias for ٣", chat(logit_bias={"٣": 1}), "logit_bias", "invalid_value"),
+    Wrong("logit_bias for 007", chat(logit_bias={"007": 1}), "logit_bias", "invalid_value", says="007"),
+    Wrong("logit_bias for 10**99", chat(logit_bias={"1" + "0" * 99: 1}), "logit_bias", "invalid_value"),
+    Wrong("logit_bias out of vocabulary", chat(logit_bias={"1000000": 1}), "logit_bias", "invalid_value"),
+    Wrong("logit_bias of 301 tokens", chat(logit_bias=dict.fromkeys(map(str, range(301)), 1)), "logit_bias",
+          "invalid_value", says="300"),
+    Wrong("echo", chat(echo=True), "echo", "unsupported_value"),
+    Wrong("continue and begin", chat(continue_final_message=True, add_generation_prompt=True),
+          "continue_final_message", "invalid_value"),
+    Wrong("continue a picture", {**messages(user([picture(0).part])), "continue_final_message": True},
+          "messages[0].content", "invalid_value"),
+    Wrong("template variables a list", chat(chat_template_kwargs=[]), "chat_template_kwargs", "invalid_value"),
+    Wrong("template variable messages", chat(chat_template_kwargs={"messages": []}), "chat_template_kwargs",
+          "invalid_value", says="messages"),
+    Wrong("template variable eos_token", chat(chat_template_kwargs={"eos_token": "x"}), "chat_template_kwargs",
+          "invalid_value", says="eos_token"),
+    Wrong("min_pixels 0", image("x", min_pixels=0), "messages[0].content[0].image_url.min_pixels", "invalid_value"),
+    Wrong("max_pixels of the part 0", part(type="image_url", image_url="x", max_pixels=0),
+          "messages[0].content[0].max_pixels", "invalid_value"),
+    Wrong("min_pixels above max_pixels", image("x", min_pixels=9, max_pixels=8), "messages[0].content[0].min_pixels",
+          "invalid_value", says="8"),
+    Wrong("max_pixels for all 0", chat(mm_processor_kwargs={"max_pixels": 0}), "mm_processor_kwargs.max_pixels",
+          "invalid_value"),
+    Wrong("min_pixels above max_pixels for all", chat(mm_processor_kwargs={"min_pixels": 9, "max_pixels": 8}),
+          "mm_processor_kwargs.min_pixels", "invalid_value"),
+    Wrong("longest_edge below shortest_edge", chat(mm_processor_kwargs={"size": {"shortest_edge": 9,
+          "longest_edge": 8}}), "mm_processor_kwargs.min_pixels", "invalid_value"),
+    Wrong("unknown option of the processor", chat(mm_processor_kwargs={"do_resize": False}), "mm_processor_kwargs",
+          "invalid_value", says="do_resize"),
+    Wrong("skip_special_tokens a number", chat(skip_special_tokens=1), "skip_special_tokens", "invalid_value"),
     Wrong("audio output", chat(modalities=["text", "audio"]), "modalities", "unsupported_value"),
     Wrong("prediction", chat(prediction={"type": "content"}), "prediction", "invalid_value"),
     Wrong("stream_options without stream", chat(stream_options={}), "stream_options", "invalid_value"),
@@ -176,9 +213,13 @@ def test_the_table_is_long_enough() -> None:
 
 @pytest.mark.parametrize("wrong", TABLE, ids=lambda wrong: wrong.name)
 async def test_a_wrong_request_says_what_is_wrong_and_reaches_nobody(wrong: Wrong, edge: RunningEdge) -> None:
+    await check_refused(edge, ROUTE, wrong)
+
+
+async def check_refused(edge: RunningEdge, route: str, wrong: Wrong) -> None:
     body = wrong.body if isinstance(wrong.body, bytes) else json.dumps(wrong.body).encode()
     started = time.monotonic()
-    async with http() as session, session.post(edge.url + ROUTE, data=io.BytesIO(body), headers=JSON) as response:
+    async with http() as session, session.post(edge.url + route, data=io.BytesIO(body), headers=JSON) as response:
         answer = await response.json()
     assert set(answer) == {"error"}
     error = answer["error"]
