@@ -6,9 +6,10 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from vlmrt.actors.edge.app import MAX_LINE_BYTES, AppCollaborators, build_app
+from vlmrt.actors.edge.bad_http import EdgeRunner
 from vlmrt.actors.edge.chat import ChatCollaborators, ChatEndpoint
 from vlmrt.actors.edge.detokenizer import Vocabulary
 from vlmrt.actors.edge.fetch import MediaFetcher, Resolve
@@ -63,6 +64,18 @@ class EdgeActor:
         """Bytes of bodies and encoded pictures that open requests hold."""
         return self._budget.used_bytes
 
+    @property
+    def routes(self) -> list[tuple[str, str]]:
+        """(method, path) of all that is served; GET stands for HEAD too."""
+        assert self._runner is not None
+        resources = self._runner.app.router.resources()
+        return [
+            (route.method, resource.canonical)
+            for resource in resources
+            for route in resource
+            if route.method != hdrs.METH_HEAD
+        ]
+
     async def start(self) -> Capabilities:
         """Load tokenizer and template, then accept connections.  Raises: StartupError."""
         if self._context.listen_socket is None:
@@ -70,7 +83,7 @@ class EdgeActor:
         loop = asyncio.get_running_loop()
         chat = await loop.run_in_executor(self._executor, self._load)
         app = build_app(AppCollaborators(self._context.config, chat, self._link, self._health, self._context.metrics))
-        self._runner = web.AppRunner(
+        self._runner = EdgeRunner(
             app,
             handler_cancellation=True,
             access_log=None,

@@ -64,19 +64,6 @@ class ErrorBody(Struct, frozen=True):
     error: ErrorDetail
 
 
-class ModelCard(Struct, frozen=True):
-    id: str
-    created: int
-    max_model_len: int
-    object: Literal["model"] = "model"
-    owned_by: str = "vlmrt"
-
-
-class ModelList(Struct, frozen=True):
-    data: tuple[ModelCard, ...]
-    object: Literal["list"] = "list"
-
-
 encode_json = msgspec.json.Encoder().encode
 
 
