@@ -15,11 +15,17 @@ from aiohttp import web
 from msgspec import UNSET, Struct
 
 from vlmrt.actors.edge.body import read_json_body
+from vlmrt.actors.edge.chat_request import (
+    ChatRequest,
+    ImageSource,
+    image_sources,
+    parse_chat_request,
+    template_messages,
+)
 from vlmrt.actors.edge.detokenizer import Detokenizer, Vocabulary
 from vlmrt.actors.edge.fetch import MediaFetcher
 from vlmrt.actors.edge.identify import IdentifiedImage, ImageIdentifier, NamedImage, PromptImage
 from vlmrt.actors.edge.open_requests import MediaBudget, MediaLease, OpenRequest
-from vlmrt.actors.edge.openai import ChatRequest, ImageSource, image_sources, parse_chat_request, template_messages
 from vlmrt.actors.edge.prompt import Prompt, PromptBuilder
 from vlmrt.actors.edge.responses import AnswerMessage, ChatCompletion, ChatUsage, Choice, chat_usage, encode_json
 from vlmrt.actors.edge.sampling import SamplingDefaults

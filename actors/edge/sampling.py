@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Sequence
 from typing import TypeVar
 
-from vlmrt.actors.edge.openai import ChatRequest
+from vlmrt.actors.edge.chat_request import ChatRequest
 from vlmrt.actors.models.config import GenerationDefaults
 from vlmrt.runtime.errors import RequestError
 from vlmrt.runtime.messages import Sampling, StopRule

@@ -14,7 +14,7 @@ import pytest
 from tests.actors.edge.running import edge_config, running_edge
 from tests.support import FakeContext
 from vlmrt.actors.edge.actor import EdgeActor
-from vlmrt.actors.edge.openai import parse_chat_request
+from vlmrt.actors.edge.chat_request import parse_chat_request
 from vlmrt.actors.edge.sampling import SamplingDefaults
 from vlmrt.actors.models.config import GenerationDefaults
 from vlmrt.runtime.actor import ActorContext
