@@ -10,8 +10,8 @@ from msgspec import NODEFAULT, Raw, Struct
 
 import vlmrt
 from vlmrt.actors.edge.api_keys import OPEN_ROUTES
+from vlmrt.actors.edge.chat_request import ChatRequest
 from vlmrt.actors.edge.health import HealthReport, LiveReport, Load, ResetReport, Version
-from vlmrt.actors.edge.openai import ChatRequest
 from vlmrt.actors.edge.responses import ChatCompletion, ErrorBody, encode_json
 from vlmrt.actors.edge.served_models import ModelCard, ModelList
 from vlmrt.runtime.config import ServerOptions
