@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import secrets
+import time
 from collections.abc import Awaitable, Callable
 from functools import cached_property
 
@@ -15,12 +16,14 @@ from msgspec import Struct
 import vlmrt
 from vlmrt.actors.edge.api_keys import TENANT, ApiKeys
 from vlmrt.actors.edge.chat import ChatEndpoint
+from vlmrt.actors.edge.completions import CompletionEndpoint
 from vlmrt.actors.edge.error_answers import error_response, from_http
 from vlmrt.actors.edge.health import Health, LiveReport, Load, ResetReport, Version
 from vlmrt.actors.edge.openapi import openapi_document
 from vlmrt.actors.edge.responses import encode_json
 from vlmrt.actors.edge.scheduler_link import SchedulerLink
-from vlmrt.actors.edge.served_models import ServedModels
+from vlmrt.actors.edge.served_model import ModelList, ServedModel
+from vlmrt.actors.edge.tokenization import TokenizationEndpoint
 from vlmrt.runtime.config import Config
 from vlmrt.runtime.errors import RequestError
 from vlmrt.runtime.messages import PROTOCOL_VERSION
@@ -43,7 +46,10 @@ class AppCollaborators(Struct, frozen=True):
     """What the routes answer with."""
 
     config: Config
+    model: ServedModel
     chat: ChatEndpoint
+    completions: CompletionEndpoint
+    tokenization: TokenizationEndpoint
     link: SchedulerLink
     health: Health
     metrics: Metrics
@@ -59,6 +65,9 @@ def build_app(collaborators: AppCollaborators) -> web.Application:
         [
             web.get("/", routes.root),
             web.post("/v1/chat/completions", collaborators.chat.post),
+            web.post("/v1/completions", collaborators.completions.post),
+            web.post("/tokenize", collaborators.tokenization.tokenize),
+            web.post("/detokenize", collaborators.tokenization.detokenize),
             web.get("/v1/models", routes.models),
             web.get("/v1/models/{id:.+}", routes.model),
             web.get("/health", routes.ready),
@@ -86,17 +95,20 @@ class Routes:
 
     def __init__(self, collaborators: AppCollaborators) -> None:
         self._with = collaborators
-        self._models = ServedModels(collaborators.config.model)
+        self._created = int(time.time())
 
     async def root(self, request: web.Request) -> web.Response:
-        name = self._models.name
+        name = self._with.model.names[0]
         return web.Response(text=f"vlmrt {vlmrt.__version__} serves {name}; the API is at /v1/chat/completions\n")
 
     async def models(self, request: web.Request) -> web.Response:
-        return _json(self._models.cards())
+        model = self._with.model
+        return _json(ModelList(tuple(model.card(name, self._created) for name in model.names)))
 
     async def model(self, request: web.Request) -> web.Response:
-        return _json(self._models.card(request.match_info["id"]))
+        name = request.match_info["id"]
+        self._with.model.check(name)
+        return _json(self._with.model.card(name, self._created))
 
     async def openapi(self, request: web.Request) -> web.Response:
         return web.Response(body=self._document, content_type="application/json")

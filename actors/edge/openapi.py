@@ -11,9 +11,18 @@ from msgspec import NODEFAULT, Raw, Struct
 import vlmrt
 from vlmrt.actors.edge.api_keys import OPEN_ROUTES
 from vlmrt.actors.edge.chat_request import ChatRequest
+from vlmrt.actors.edge.completion_request import CompletionRequest
 from vlmrt.actors.edge.health import HealthReport, LiveReport, Load, ResetReport, Version
-from vlmrt.actors.edge.responses import ChatCompletion, ErrorBody, encode_json
-from vlmrt.actors.edge.served_models import ModelCard, ModelList
+from vlmrt.actors.edge.responses import (
+    ChatCompletion,
+    DetokenizeAnswer,
+    ErrorBody,
+    TextCompletion,
+    TokenizeAnswer,
+    encode_json,
+)
+from vlmrt.actors.edge.served_model import ModelCard, ModelList
+from vlmrt.actors.edge.tokenization import DetokenizeRequest, TokenizeRequest
 from vlmrt.runtime.config import ServerOptions
 
 TEXT = "text/plain"
@@ -41,7 +50,8 @@ HEADERS = {
     503: {"Retry-After": {"schema": {"type": "integer", "minimum": 1, "maximum": 60}}},
 }
 EVERYWHERE = (400, 403, 500)
-GENERATING = (404, 408, 413, 415, 429, 503, 504)
+READING = (404, 408, 413, 415, 429)  # a body
+GENERATING = (*READING, 503, 504)
 
 
 class Operation(Struct, frozen=True, kw_only=True):
@@ -73,6 +83,31 @@ OPERATIONS = (
         answer=ChatCompletion,
         events="`data:` lines, each with a chat.completion.chunk; an error is one with `error`; the last is [DONE]",
         errors=GENERATING,
+    ),
+    Operation(
+        method="post",
+        path="/v1/completions",
+        summary="Continue prompts without a chat template",
+        body=CompletionRequest,
+        answer=TextCompletion,
+        events="`data:` lines, each with a text_completion; an error is one with `error`; the last is [DONE]",
+        errors=GENERATING,
+    ),
+    Operation(
+        method="post",
+        path="/tokenize",
+        summary="The tokens of a prompt or conversation",
+        body=TokenizeRequest,
+        answer=TokenizeAnswer,
+        errors=GENERATING,
+    ),
+    Operation(
+        method="post",
+        path="/detokenize",
+        summary="The text of tokens",
+        body=DetokenizeRequest,
+        answer=DetokenizeAnswer,
+        errors=READING,
     ),
     Operation(path="/v1/models", summary="The names of the served model", answer=ModelList),
     Operation(
