@@ -45,6 +45,7 @@ class FunctionCall(Struct, frozen=True, tag_field="type", tag="function_call"):
 
 class InputTokensDetails(Struct, frozen=True):
     cached_tokens: int
+    cache_write_tokens: int = 0
 
 
 class OutputTokensDetails(Struct, frozen=True):
