@@ -284,7 +284,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     (part(type="input_image", file_id="f"), "input[0].content[0].file_id", "unsupported_value"),
     (part(type="input_image", image_url="cat.png"), "input[0].content[0].image_url", "invalid_image_url"),
     ({"input": "a b " * 5000}, "input", "context_length_exceeded"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
