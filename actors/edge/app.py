@@ -14,10 +14,13 @@ from aiohttp.typedefs import Middleware
 from msgspec import Struct
 
 import vlmrt
-from vlmrt.actors.edge.chat import ALIAS, ChatEndpoint
+from vlmrt.actors.edge.chat import ChatEndpoint
+from vlmrt.actors.edge.completions import CompletionEndpoint
 from vlmrt.actors.edge.health import Health
 from vlmrt.actors.edge.responses import ModelCard, ModelList, encode_json, error_body
 from vlmrt.actors.edge.scheduler_link import SchedulerLink
+from vlmrt.actors.edge.served_model import ALIAS
+from vlmrt.actors.edge.tokenization import TokenizationEndpoint
 from vlmrt.runtime.config import Config
 from vlmrt.runtime.errors import RequestError
 from vlmrt.runtime.messages import PROTOCOL_VERSION
@@ -39,6 +42,8 @@ class AppCollaborators(Struct, frozen=True):
 
     config: Config
     chat: ChatEndpoint
+    completions: CompletionEndpoint
+    tokenization: TokenizationEndpoint
     link: SchedulerLink
     health: Health
     metrics: Metrics
@@ -54,6 +59,9 @@ def build_app(collaborators: AppCollaborators) -> web.Application:
         [
             web.get("/", routes.root),
             web.post("/v1/chat/completions", collaborators.chat.post),
+            web.post("/v1/completions", collaborators.completions.post),
+            web.post("/tokenize", collaborators.tokenization.tokenize),
+            web.post("/detokenize", collaborators.tokenization.detokenize),
             web.get("/v1/models", routes.models),
             web.get("/v1/models/{id:.+}", routes.model),
             web.get("/health", routes.ready),

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, cast
 import msgspec
 from msgspec import Meta, Raw, Struct
 
+from vlmrt.actors.edge.chat_template import RESERVED_NAMES, TemplateOptions
 from vlmrt.actors.edge.request_fields import (
     NULL,
     PRINTABLE,
@@ -25,11 +26,14 @@ MAX_PARTS = 4096  # of one message
 MAX_UUID_CHARS = 128
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
+Pixels = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 
 
 class ImageUrl(Struct, frozen=True, gc=False):
     url: str | None = None
     detail: Literal["auto", "low", "high"] | None = None
+    min_pixels: Pixels | None = None
+    max_pixels: Pixels | None = None
 
 
 class ContentPart(Struct, frozen=True, gc=False):
@@ -40,6 +44,8 @@ class ContentPart(Struct, frozen=True, gc=False):
     refusal: str | None = None
     image_url: ImageUrl | str | None = None
     image: str | None = None
+    min_pixels: Pixels | None = None  # of a picture after resizing, here or in image_url
+    max_pixels: Pixels | None = None
     uuid: str | None = None  # the client's name for a picture: where the server knows it, the bytes may be left out
 
     @property
@@ -58,10 +64,42 @@ class ChatMessage(Struct, frozen=True):
     tool_call_id: str | None = None
 
 
+class PixelSize(Struct, frozen=True, forbid_unknown_fields=True):
+    """The same limits by the names that newer processors have for them."""
+
+    shortest_edge: Pixels | None = None
+    longest_edge: Pixels | None = None
+
+
+class PixelLimits(Struct, frozen=True):
+    """What a client asks of a picture's size after resizing; None: the server's own limits."""
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    low_detail: bool = False
+
+
+class ProcessorOptions(Struct, frozen=True, forbid_unknown_fields=True):
+    """mm_processor_kwargs: for every picture that has no limits of its own."""
+
+    min_pixels: Pixels | None = None
+    max_pixels: Pixels | None = None
+    size: PixelSize | None = None
+
+    @property
+    def limits(self) -> PixelLimits:
+        size = self.size or PixelSize()
+        return PixelLimits(self.min_pixels or size.shortest_edge, self.max_pixels or size.longest_edge)
+
+
 class ChatRequest(SamplingFields, frozen=True, kw_only=True):
     """POST /v1/chat/completions.  None means that the client left the choice to the server."""
 
     messages: list[ChatMessage]
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    mm_processor_kwargs: ProcessorOptions | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     response_format: dict[str, Any] | None = None
@@ -69,6 +107,7 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True):
     functions: Raw = NULL
     tool_choice: str | dict[str, Any] | None = None
     modalities: list[str] | None = None
+    echo: bool | None = None  # of completions; here it is refused
     # accepted and without effect
     parallel_tool_calls: Raw = NULL
     reasoning_effort: Raw = NULL
@@ -76,13 +115,38 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True):
     prediction: None = None
     audio: None = None
 
+    @property
+    def num_logprobs(self) -> int:
+        """As in Sampling."""
+        return (self.top_logprobs or 0) if self.logprobs else -1
+
+    def conversation(self) -> Conversation:
+        """Raises: RequestError 400."""
+        return make_conversation(
+            self.messages,
+            add_generation_prompt=self.add_generation_prompt,
+            continue_final_message=self.continue_final_message,
+            template_variables=self.chat_template_kwargs,
+            processor=self.mm_processor_kwargs,
+            cache_salt=self.cache_salt,
+        )
+
+
+class Conversation(Struct, frozen=True):
+    """What a prompt is made of."""
+
+    messages: list[ChatMessage]
+    options: TemplateOptions
+    limits: PixelLimits
+    cache_salt: str
+
 
 class ImageSource(Struct, frozen=True):
     """Where a picture of the prompt comes from, and the field that says so."""
 
     url: str  # empty: from what the server knows under its uuid
     param: str
-    low_detail: bool
+    limits: PixelLimits = PixelLimits()
     uuid: str = ""
 
 
@@ -96,23 +160,15 @@ def parse_chat_request(body: bytes) -> tuple[ChatRequest, tuple[str, ...]]:
     Raises: RequestError 400 naming field, value and bound.
     """
     request, ignored = parse_body(body, _decoder)
-    _check_unsupported(request)
-    check_sampling(request)
-    _check_messages(request.messages)
+    check_chat_request(request)
     return request, ignored
 
 
-def _check_messages(messages: Sequence[ChatMessage]) -> None:
-    refuse(not messages, "messages", " is empty: at least one message is needed")
-    refuse(len(messages) > MAX_MESSAGES, "messages", f" has {len(messages)} messages, more than {MAX_MESSAGES}")
-    for index, message in enumerate(messages):
-        _check_message(message, f"messages[{index}]")
-
-
-def _check_unsupported(request: ChatRequest) -> None:
+def check_chat_request(request: ChatRequest) -> None:
+    """Everything but the conversation.  Raises: RequestError 400."""
     code = "unsupported_value"
-    refuse(bool(request.logprobs), "logprobs", " = true is not supported yet", code)
-    refuse(bool(request.top_logprobs), "top_logprobs", " needs logprobs, which is not supported yet", code)
+    refuse(bool(request.top_logprobs and not request.logprobs), "top_logprobs", " needs logprobs = true")
+    refuse(bool(request.echo), "echo", " = true is not supported for chat completions", code)
     refuse(is_filled(request.tools), "tools", ": tool calls are not supported yet", code)
     refuse(is_filled(request.functions), "functions", ": function calls are not supported", code)
     refuse(
@@ -124,6 +180,35 @@ def _check_unsupported(request: ChatRequest) -> None:
     refuse(any(kind != "text" for kind in request.modalities or ()), "modalities", " may hold text only", code)
     kind = (request.response_format or {"type": "text"}).get("type")
     refuse(kind != "text", "response_format.type", f" = {short(kind)} is not supported (supported: text)", code)
+    check_sampling(request)
+
+
+def make_conversation(
+    messages: list[ChatMessage],
+    *,
+    add_generation_prompt: bool | None,
+    continue_final_message: bool | None,
+    template_variables: dict[str, Any] | None,
+    processor: ProcessorOptions | None,
+    cache_salt: str | None = None,
+) -> Conversation:
+    """Raises: RequestError 400 naming field, value and bound."""
+    refuse(not messages, "messages", " is empty: at least one message is needed")
+    refuse(len(messages) > MAX_MESSAGES, "messages", f" has {len(messages)} messages, more than {MAX_MESSAGES}")
+    for index, message in enumerate(messages):
+        _check_message(message, f"messages[{index}]")
+    both = bool(add_generation_prompt and continue_final_message)
+    refuse(both, "continue_final_message", " and add_generation_prompt cannot both be true")
+    for name in sorted(RESERVED_NAMES & (template_variables or {}).keys()):
+        refuse(True, "chat_template_kwargs", f" may not hold {name}: the server sets it")
+    limits = processor.limits if processor is not None else PixelLimits()
+    _check_limits(limits, "mm_processor_kwargs")
+    options = TemplateOptions(
+        add_generation_prompt=add_generation_prompt is not False,
+        continue_final_message=bool(continue_final_message),
+        variables=template_variables or {},
+    )
+    return Conversation(messages, options, limits, cache_salt or "")
 
 
 def _check_message(message: ChatMessage, param: str) -> None:
@@ -147,6 +232,7 @@ def _check_part(part: ContentPart, param: str) -> None:
             refuse(part.refusal is None, f"{param}.refusal", " is required", "missing_field")
         case "image_url" | "image":
             _check_uuid(part.uuid, f"{param}.uuid")
+            _check_limits(_part_limits(part), param)
             if part.uuid is None:
                 absent = part.image_url is None and (part.type == "image_url" or part.image is None)
                 refuse(absent, f"{param}.{part.type}", " is required", "missing_field")
@@ -158,6 +244,11 @@ def _check_part(part: ContentPart, param: str) -> None:
             refuse(True, f"{param}.type", problem, "unsupported_part")
 
 
+def _check_limits(limits: PixelLimits, param: str) -> None:
+    low, high = limits.min_pixels or 1, limits.max_pixels
+    refuse(high is not None and low > high, f"{param}.min_pixels", f" = {low} is above max_pixels = {high}")
+
+
 def _check_uuid(uuid: str | None, param: str) -> None:
     if uuid is not None:
         refuse(not uuid, param, " is empty: it needs at least 1 character")
@@ -165,25 +256,33 @@ def _check_uuid(uuid: str | None, param: str) -> None:
         refuse(not PRINTABLE.fullmatch(uuid), param, " may hold printable ASCII without spaces only")
 
 
-def image_sources(messages: Sequence[ChatMessage]) -> list[ImageSource]:
-    """The pictures of a conversation, in prompt order."""
+def image_sources(messages: Sequence[ChatMessage], limits: PixelLimits) -> list[ImageSource]:
+    """The pictures of a conversation, in prompt order; the limits are for those that have none."""
     sources = []
     for m, message in enumerate(messages):
         for p, part in enumerate(message.content if isinstance(message.content, list) else ()):
             if part.type in ("image_url", "image"):
-                sources.append(_image_source(part, f"messages[{m}].content[{p}]"))
+                sources.append(_image_source(part, f"messages[{m}].content[{p}]", limits))
     return sources
 
 
-def _image_source(part: ContentPart, param: str) -> ImageSource:
+def _image_source(part: ContentPart, param: str, limits: PixelLimits) -> ImageSource:
     uuid, low = part.uuid or "", False
     if uuid and not part.url:
-        return ImageSource("", f"{param}.uuid", False, uuid)
+        return ImageSource("", f"{param}.uuid", uuid=uuid)
     if isinstance(part.image_url, ImageUrl):
         param, low = f"{param}.image_url.url", part.image_url.detail == "low"
     else:
         param = f"{param}.image" if part.image_url is None else f"{param}.image_url"
-    return ImageSource(cast(str, part.url), param, low, uuid)
+    asked = _part_limits(part)
+    limits = PixelLimits(asked.min_pixels or limits.min_pixels, asked.max_pixels or limits.max_pixels, low)
+    return ImageSource(cast(str, part.url), param, limits, uuid)
+
+
+def _part_limits(part: ContentPart) -> PixelLimits:
+    """Those within image_url win."""
+    inner = part.image_url if isinstance(part.image_url, ImageUrl) else ImageUrl()
+    return PixelLimits(inner.min_pixels or part.min_pixels, inner.max_pixels or part.max_pixels)
 
 
 def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -15,6 +16,8 @@ MAX_FIELDS = 256  # of the top level of a body
 MAX_STOPS = 16
 MAX_STOP_CHARS = 512
 MAX_STOP_TOKEN_IDS = 256
+MAX_LOGIT_BIASES = 300
+MAX_LOGIT_BIAS = 100.0
 MAX_SALT_CHARS = 128
 MAX_SHOWN_CHARS = 60  # of a wrong value in an error message
 MAX_LOOKUP_BYTES = 1 << 20  # bodies above this get errors without the wrong value
@@ -53,9 +56,11 @@ class SamplingFields(Struct, frozen=True, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
-    logit_bias: Raw = NULL
+    logit_bias: dict[str, float] | None = None  # by token id
     cache_salt: str | None = None
     priority: Int32 | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
     return_token_ids: bool | None = None  # the answer names its prompt_token_ids and token_ids
     # accepted and without effect; what is ignored is never built
     user: Raw = NULL
@@ -101,7 +106,7 @@ def parse_body(body: bytes, decoder: msgspec.json.Decoder[RequestT]) -> tuple[Re
 
 def _wrong_field(error: msgspec.ValidationError, body: bytes) -> RequestError:
     message, _, path = str(error).partition(" - at `")
-    param = path.removesuffix("`").removeprefix("$").removeprefix(".") or None
+    param = path.removesuffix("`").removeprefix("$").removeprefix(".").removesuffix("[...]") or None
     missing = re.search(r"missing required field `(\w+)`", message)
     if missing:
         param = f"{param}.{missing[1]}" if param else missing[1]
@@ -132,18 +137,10 @@ def refuse(condition: bool, param: str, message: str, code: str = "invalid_value
 
 def check_sampling(request: SamplingFields) -> None:
     """The checks between fields, and those that types cannot express.  Raises: RequestError 400."""
-    unsupported = "unsupported_value"
-    refuse((request.n or 1) != 1, "n", f" = {request.n} is not supported (supported: 1)", unsupported)
-    refuse(is_filled(request.logit_bias), "logit_bias", " is not supported yet", unsupported)
     unstreamed = request.stream_options is not None and not request.stream
     refuse(unstreamed, "stream_options", " is allowed only where stream is true")
-    refuse(
-        bool(request.return_token_ids and request.stream),
-        "return_token_ids",
-        " is supported only where stream is false",
-        unsupported,
-    )
     _check_stops(request)
+    _check_logit_bias(request.logit_bias or {})
     refuse(request.seed is not None and request.seed >= 2**63, "seed", f" = {request.seed} is above 2**63 - 1")
     minimum, limit = request.min_tokens or 0, request.output_limit
     above = limit is not None and minimum > limit
@@ -151,7 +148,10 @@ def check_sampling(request: SamplingFields) -> None:
     for name in ("temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty"):
         value = getattr(request, name)
         refuse(value is not None and not math.isfinite(value), name, " must be a finite number")
-    salt = request.cache_salt or ""
+    check_salt(request.cache_salt or "")
+
+
+def check_salt(salt: str) -> None:
     refuse(len(salt) > MAX_SALT_CHARS, "cache_salt", f" has {len(salt)} characters, more than {MAX_SALT_CHARS}")
     refuse(not PRINTABLE.fullmatch(salt), "cache_salt", " may hold printable ASCII without spaces only")
 
@@ -175,3 +175,13 @@ def _check_stops(request: SamplingFields) -> None:
         )
     ids = request.stop_token_ids or []
     refuse(len(ids) > MAX_STOP_TOKEN_IDS, "stop_token_ids", f" has {len(ids)} ids, more than {MAX_STOP_TOKEN_IDS}")
+
+
+def _check_logit_bias(biases: Mapping[str, float]) -> None:
+    count = len(biases)
+    refuse(count > MAX_LOGIT_BIASES, "logit_bias", f" has {count} entries, more than {MAX_LOGIT_BIASES}")
+    for key, value in biases.items():
+        is_id = key.isascii() and key.isdecimal() and key == str(int(key[:10]))
+        refuse(not is_id, "logit_bias", f" has the key {short(key)!r}: keys are token ids in decimal digits")
+        outside = not abs(value) <= MAX_LOGIT_BIAS
+        refuse(outside, "logit_bias", f" = {value:g} for token {key} is not within -100 to 100")

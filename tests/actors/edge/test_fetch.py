@@ -231,7 +231,7 @@ class Fetching:
     async def get(self, url: str, *allowed: str, budget: int = 1 << 30, **options: Any) -> bytes:
         server = ServerOptions(allowed_media_domains=allowed, **options)
         fetcher = MediaFetcher(server, self._executor, self._resolve)
-        return await fetcher.fetch(ImageSource(url, "url", False), MediaLease(MediaBudget(budget)))
+        return await fetcher.fetch(ImageSource(url, "url"), MediaLease(MediaBudget(budget)))
 
     async def refused(self, url: str, *allowed: str, **options: Any) -> RequestError:
         with pytest.raises(RequestError) as refused:
