@@ -235,9 +235,13 @@ def test_the_table_is_long_enough() -> None:
 
 @pytest.mark.parametrize("wrong", TABLE, ids=lambda wrong: wrong.name)
 async def test_a_wrong_request_says_what_is_wrong_and_reaches_nobody(wrong: Wrong, edge: RunningEdge) -> None:
+    await check_refused(edge, ROUTE, wrong)
+
+
+async def check_refused(edge: RunningEdge, route: str, wrong: Wrong) -> None:
     body = wrong.body if isinstance(wrong.body, bytes) else json.dumps(wrong.body).encode()
     started = time.monotonic()
-    async with http() as session, session.post(edge.url + ROUTE, data=io.BytesIO(body), headers=JSON) as response:
+    async with http() as session, session.post(edge.url + route, data=io.BytesIO(body), headers=JSON) as response:
         answer = await response.json()
     assert set(answer) == {"error"}
     error = answer["error"]
