@@ -56,10 +56,12 @@ async def chat_submit_of(edge: RunningEdge, messages: list[Any], **fields: Any) 
     return submit
 
 
-async def events_of(edge: RunningEdge, text: str = TEXT, finish_reason: FinishReason = "stop") -> list[Any]:
+async def events_of(
+    edge: RunningEdge, text: str = TEXT, finish_reason: FinishReason = "stop", **fields: Any
+) -> list[Any]:
     """(event, data) of a stream; each event's name is its data's type."""
     async with connection(edge.port) as raw:
-        await raw.post({"messages": HELLO, "max_tokens": 50, "stream": True}, ROUTE)
+        await raw.post({"messages": HELLO, "max_tokens": 50, "stream": True, **fields}, ROUTE)
         await edge.answer(await edge.submitted(), text, finish_reason)
         status, headers = await raw.head()
         assert (status, headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
@@ -236,6 +238,122 @@ async def test_tokens_are_counted_without_the_scheduler(edge: RunningEdge) -> No
     assert answer == {"input_tokens": len(submit.prompt_token_ids)}
 
 
+WEATHER = {
+    "name": "get_weather",
+    "description": "Weather of a town",
+    "input_schema": {"type": "object", "properties": {"town": {"type": "string"}}, "required": ["town"]},
+}
+KOELN = '{"town": "Köln"}'
+CALL = f'<tool_call>\n{{"name": "get_weather", "arguments": {KOELN}}}\n</tool_call>'
+CHAT_WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Weather of a town",
+        "parameters": WEATHER["input_schema"],
+    },
+}
+
+
+async def test_calls_are_blocks_of_their_own(edge: RunningEdge) -> None:
+    answer = await message(edge, f"Let me see.\n{CALL}\n{CALL}", tools=[WEATHER])
+    text, first, second = answer["content"]
+    assert text == {"type": "text", "text": "Let me see."}
+    assert first.pop("id") != second.pop("id")
+    assert first == second == {"type": "tool_use", "name": "get_weather", "input": {"town": "Köln"}}
+    assert answer["stop_reason"] == "tool_use"
+
+
+async def test_calls_are_streamed_as_blocks_of_their_own(edge: RunningEdge) -> None:
+    events = await events_of(edge, f"Let me see.\n{CALL}", tools=[WEATHER])
+    starts = [event for event in events if event["type"] == "content_block_start"]
+    assert [(event["index"], event["content_block"]["type"]) for event in starts] == [(0, "text"), (1, "tool_use")]
+    assert starts[1]["content_block"]["input"] == {}
+    deltas = [event["delta"] for event in events if event["type"] == "content_block_delta" and event["index"] == 1]
+    assert {delta["type"] for delta in deltas} == {"input_json_delta"}
+    assert json.loads("".join(delta["partial_json"] for delta in deltas)) == {"town": "Köln"}
+    assert [event["index"] for event in events if event["type"] == "content_block_stop"] == [0, 1]
+    assert events[-2]["delta"]["stop_reason"] == "tool_use"
+
+
+async def test_a_call_that_was_cut_has_no_input_yet_the_body_is_json(edge: RunningEdge) -> None:
+    choice = {"type": "tool", "name": "get_weather"}
+    answer = await message(edge, '{"town": "Kö', "length", tools=[WEATHER], tool_choice=choice)
+    assert answer["stop_reason"] == "max_tokens"
+    assert [block["input"] for block in answer["content"]] == [{}]
+
+
+async def test_calls_and_their_results_make_the_prompt_of_the_same_chat(edge: RunningEdge) -> None:
+    messages = [
+        *HELLO,
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "text", "text": "Let me see."},
+                {"type": "tool_use", "id": "t1", "name": "get_weather", "input": {"town": "Köln"}},
+                {"type": "tool_use", "id": "t2", "name": "get_weather", "input": {"town": "Bonn"}},
+            ],
+        },
+        {
+            "role": "user",
+            "content": [
+                {"type": "tool_result", "tool_use_id": "t1", "content": "rain"},
+                {"type": "tool_result", "tool_use_id": "t2", "content": [{"type": "text", "text": "sun"}]},
+                {"type": "text", "text": "And?"},
+            ],
+        },
+    ]
+    submit = await submit_of(edge, tools=[WEATHER], messages=messages)
+
+    def call(call_id: str, town: str) -> dict[str, Any]:
+        function = {"name": "get_weather", "arguments": json.dumps({"town": town})}
+        return {"id": call_id, "type": "function", "function": function}
+
+    chat = await chat_submit_of(
+        edge,
+        [
+            *HELLO,
+            {
+                "role": "assistant",
+                "content": [{"type": "text", "text": "Let me see."}],
+                "tool_calls": [call("t1", "Köln"), call("t2", "Bonn")],
+            },
+            {"role": "tool", "tool_call_id": "t1", "content": "rain"},
+            {"role": "tool", "tool_call_id": "t2", "content": [{"type": "text", "text": "sun"}]},
+            {"role": "user", "content": [{"type": "text", "text": "And?"}]},
+        ],
+        tools=[CHAT_WEATHER],
+    )
+    assert submit.prompt_token_ids == chat.prompt_token_ids
+    async with http() as session:
+        body = {"messages": messages, "tools": [WEATHER]}
+        async with session.post(edge.url + ROUTE + "/count_tokens", json=body) as response:
+            assert await response.json() == {"input_tokens": len(submit.prompt_token_ids)}
+
+
+@pytest.mark.parametrize(
+    ("choice", "same"),
+    [
+        ({"type": "any"}, {"tool_choice": "required"}),
+        ({"type": "any", "disable_parallel_tool_use": True}, {"tool_choice": "required", "parallel_tool_calls": False}),
+        (
+            {"type": "tool", "name": "get_weather"},
+            {"tool_choice": {"type": "function", "function": {"name": "get_weather"}}},
+        ),
+        ({"type": "auto"}, {"tool_choice": "auto"}),
+        ({"type": "none"}, {"tool_choice": "none"}),
+    ],
+)
+async def test_choices_of_tools_are_those_of_a_chat(
+    choice: dict[str, Any], same: dict[str, Any], edge: RunningEdge
+) -> None:
+    submit = await submit_of(edge, tools=[WEATHER], tool_choice=choice)
+    chat = await chat_submit_of(edge, HELLO, tools=[CHAT_WEATHER], **same)
+    assert submit.sampling.grammar == chat.sampling.grammar
+    assert bool(submit.sampling.grammar) == (choice["type"] in ("any", "tool"))
+    assert submit.prompt_token_ids == chat.prompt_token_ids
+
+
 def said(*blocks: dict[str, Any], role: str = "user") -> dict[str, Any]:
     return {"messages": [{"role": role, "content": list(blocks)}]}
 
@@ -280,6 +398,8 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [{"name": "f"}]}, "tools[0].input_schema", "missing_field"),
     ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type", "unsupported_value"),
     ({"tool_choice": {"type": "tool"}}, "tool_choice.name", "missing_field"),
+    ({"tools": [WEATHER], "tool_choice": {"type": "tool", "name": "f"}}, "tool_choice.name", "invalid_value"),
+    ({"tools": [{**WEATHER, "input_schema": [1]}]}, "tools[0].input_schema", "invalid_value"),
     ({"messages": [{"role": "user", "content": "a b " * 5000}]}, "messages", "context_length_exceeded"),
 ]
 

@@ -244,6 +244,137 @@ async def test_an_error_before_the_first_token_has_its_own_status(edge: RunningE
         await call
 
 
+WEATHER = {
+    "type": "function",
+    "name": "get_weather",
+    "description": "Weather of a town",
+    "parameters": {"type": "object", "properties": {"town": {"type": "string"}}, "required": ["town"]},
+}
+KOELN = '{"town": "Köln"}'
+CALLS = (
+    f'<tool_call>\n{{"name": "get_weather", "arguments": {KOELN}}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "wait", "arguments": {}}\n</tool_call>'
+)
+WAIT = {"type": "function", "name": "wait", "parameters": None, "strict": None}
+
+
+def as_chat(tool: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
+
+
+async def test_calls_are_items_of_their_own(edge: RunningEdge) -> None:
+    answer = await whole(edge, f"Let me see.\n{CALLS}", tools=[WEATHER, WAIT])
+    text, *calls = (item.model_dump() for item in answer.output)
+    assert answer.output_text == "Let me see."
+    assert text["type"] == "message"
+    assert [(call["type"], call["name"], json.loads(call["arguments"])) for call in calls] == [
+        ("function_call", "get_weather", {"town": "Köln"}),
+        ("function_call", "wait", {}),
+    ]
+    assert len({call["call_id"] for call in calls}) == 2
+    assert answer.status == "completed"
+    assert [tool.name for tool in answer.tools] == ["get_weather", "wait"]  # type: ignore[union-attr]
+    Response.model_validate(answer.model_dump(), strict=True)
+
+
+async def test_calls_are_streamed_as_items_of_their_own(edge: RunningEdge) -> None:
+    events = await events_of(edge, f"Let me see.\n{CALLS}", tools=[WEATHER, WAIT])
+    done = [event.item for event in events if event.type == "response.output_item.done"]
+    assert [item.type for item in done] == ["message", "function_call", "function_call"]
+    assert [event.output_index for event in events if event.type == "response.output_item.added"] == [0, 1, 2]
+    for item in done[1:]:
+        deltas = [
+            event.delta for event in events if event.type.endswith("arguments.delta") and event.item_id == item.id
+        ]
+        assert "".join(deltas) == item.arguments
+        (end,) = [event for event in events if event.type.endswith("arguments.done") and event.item_id == item.id]
+        assert (end.arguments, end.name) == (item.arguments, item.name)
+    assert events[-1].type == "response.completed"
+    assert [item.model_dump() for item in events[-1].response.output] == [item.model_dump() for item in done]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+
+
+async def test_calls_and_their_outputs_make_the_prompt_of_the_same_chat(edge: RunningEdge) -> None:
+    answer = await whole(edge, f"Let me see.\n{CALLS}", tools=[WEATHER, WAIT])
+    ids = [item.call_id for item in answer.output[1:]]  # type: ignore[union-attr]
+    submit = await submit_of(
+        edge,
+        tools=[WEATHER, WAIT],
+        parallel_tool_calls=False,
+        input=[
+            {"role": "user", "content": "Hello"},
+            *(item.model_dump() for item in answer.output),
+            {"type": "function_call_output", "call_id": ids[0], "output": "rain"},
+            {"type": "function_call_output", "call_id": ids[1], "output": [{"type": "input_text", "text": "done"}]},
+        ],
+    )
+    calls = [
+        {"id": ids[0], "type": "function", "function": {"name": "get_weather", "arguments": KOELN}},
+        {"id": ids[1], "type": "function", "function": {"name": "wait", "arguments": "{}"}},
+    ]
+    chat = await chat_submit_of(
+        edge,
+        [
+            {"role": "user", "content": "Hello"},
+            {"role": "assistant", "content": "Let me see.", "tool_calls": calls},
+            {"role": "tool", "tool_call_id": ids[0], "content": "rain"},
+            {"role": "tool", "tool_call_id": ids[1], "content": [{"type": "text", "text": "done"}]},
+        ],
+        tools=[as_chat(WEATHER), as_chat(WAIT)],
+    )
+    assert submit.prompt_token_ids == chat.prompt_token_ids
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "same"),
+    [
+        ({"text": {"format": {"type": "json_object"}}}, {"response_format": {"type": "json_object"}}),
+        (
+            {"text": {"format": {"type": "json_schema", "name": "s", "schema": SCHEMA, "strict": True}}},
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}}},
+        ),
+        (
+            {"tools": [WEATHER, WAIT], "tool_choice": {"type": "function", "name": "wait"}},
+            {
+                "tools": [as_chat(WEATHER), as_chat(WAIT)],
+                "tool_choice": {"type": "function", "function": {"name": "wait"}},
+            },
+        ),
+        ({"tools": [WEATHER], "tool_choice": "required"}, {"tools": [as_chat(WEATHER)], "tool_choice": "required"}),
+        (
+            {
+                "tools": [WEATHER, WAIT],
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "mode": "required",
+                    "tools": [{"type": "function", "name": "wait"}],
+                },
+            },
+            {
+                "tools": [as_chat(WEATHER), as_chat(WAIT)],
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "allowed_tools": {
+                        "mode": "required",
+                        "tools": [{"type": "function", "function": {"name": "wait"}}],
+                    },
+                },
+            },
+        ),
+    ],
+)
+async def test_formats_and_choices_are_the_grammar_of_the_same_chat(
+    fields: dict[str, Any], same: dict[str, Any], edge: RunningEdge
+) -> None:
+    submit = await submit_of(edge, **fields)
+    chat = await chat_submit_of(edge, [{"role": "user", "content": "Hello"}], **same)
+    assert submit.sampling.grammar == chat.sampling.grammar != ""
+    assert submit.prompt_token_ids == chat.prompt_token_ids
+
+
 def items(*fields: dict[str, Any]) -> dict[str, Any]:
     return {"input": list(fields)}
 
@@ -278,6 +409,18 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     (items({"type": "item_reference", "id": "msg_1"}), "input[0].type", "unsupported_value"),
     (items({"type": "function_call", "call_id": "c"}), "input[0].name", "missing_field"),
     (items({"type": "function_call_output", "output": "x"}), "input[0].call_id", "missing_field"),
+    (
+        items({"type": "function_call", "call_id": "c", "name": "f", "arguments": "["}),
+        "input[0].arguments",
+        "invalid_value",
+    ),
+    ({"input": "x", "tools": [{"type": "function", "name": "a b"}]}, "tools[0].name", "invalid_value"),
+    (
+        {"input": "x", "tools": [WEATHER], "tool_choice": {"type": "function", "name": "f"}},
+        "tool_choice.name",
+        "invalid_value",
+    ),
+    ({"input": "x", "tool_choice": "required"}, "tool_choice", "invalid_value"),
     (part(type="input_file"), "input[0].content[0].type", "unsupported_part"),
     (part(type="input_text"), "input[0].content[0].text", "missing_field"),
     (part(type="input_image"), "input[0].content[0].image_url", "missing_field"),

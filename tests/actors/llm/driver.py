@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from vlmrt.actors.llm.grammar import GrammarCompiler
 from vlmrt.actors.llm.kv_cache import allocate, block_shape, by_layer
 from vlmrt.actors.llm.kv_host_tier import HostBlocks, KvHostTier
 from vlmrt.actors.llm.runner import PendingStep, Runner
@@ -32,6 +33,7 @@ from vlmrt.runtime.messages import (
     StepPlan,
     StepResult,
     StepRow,
+    TokenLogprobs,
 )
 from vlmrt.runtime.slab import SlabDtype
 
@@ -89,6 +91,7 @@ class Request:
     slot: int = -1
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_planned: int = 0  # tokens of the sequence, those not known yet included
 
     def __post_init__(self) -> None:
@@ -184,10 +187,14 @@ class Driver:
     def take(self, rows: Sequence[tuple[Request, int]], plan: StepPlan, result: StepResult) -> None:
         """Append what a step sampled; rows that failed have no token."""
         assert result.step == plan.step
-        pairs = [pair for index, pair in enumerate(zip(rows, plan.rows, strict=True)) if index not in result.failed]
+        failed = {failure.row for failure in result.failed}
+        pairs = [pair for index, pair in enumerate(zip(rows, plan.rows, strict=True)) if index not in failed]
         sampling = [request for (request, _), row in pairs if row.sample]
-        for request, token_id in zip(sampling, result.token_ids, strict=True):
+        assert len(result.logprobs) in (0, len(sampling))
+        logprobs = result.logprobs or (None,) * len(sampling)
+        for request, token_id, found in zip(sampling, result.token_ids, logprobs, strict=True):
             request.token_ids.append(token_id)
+            request.logprobs += [] if found is None else [found]
 
     def run(
         self,
@@ -230,6 +237,7 @@ def make_runner(
     slab: FakeSlab | None = None,
     device: str = "cpu",
     num_host_blocks: int = 0,
+    compiler: GrammarCompiler | None = None,
 ) -> Runner:
     on = torch.device(device)
     cache = allocate(NUM_BLOCKS, BLOCK_SIZE, config.text, tp.size, torch.float32, on)
@@ -240,7 +248,9 @@ def make_runner(
         host_tier = KvHostTier(cache, host)
     slots = Slots(NUM_SLOTS, MAX_MODEL_LEN, BLOCK_SIZE)
     merge_size = config.vision.spatial_merge_size
-    runner = Runner(model, by_layer(cache), slots, merge_size, on, tp_size=tp.size, host_tier=host_tier)
+    runner = Runner(
+        model, by_layer(cache), slots, merge_size, on, tp_size=tp.size, host_tier=host_tier, compiler=compiler
+    )
     if slab is not None:
         runner.attach((VIT, VIT_EPOCH), slab)
     return runner
