@@ -6,24 +6,30 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
+from vlmrt.actors.edge.answer_form import AnswerForms
+from vlmrt.actors.edge.anthropic_api import MessagesEndpoint
 from vlmrt.actors.edge.app import MAX_LINE_BYTES, AppCollaborators, build_app
+from vlmrt.actors.edge.bad_http import EdgeRunner
 from vlmrt.actors.edge.chat import ChatEndpoint
 from vlmrt.actors.edge.chat_prompt import ChatPrompts
 from vlmrt.actors.edge.completions import CompletionEndpoint
 from vlmrt.actors.edge.detokenizer import Vocabulary
 from vlmrt.actors.edge.fetch import MediaFetcher, Resolve
 from vlmrt.actors.edge.generation import Generator
+from vlmrt.actors.edge.grammar import GrammarChecker
 from vlmrt.actors.edge.health import Health
 from vlmrt.actors.edge.identify import ImageIdentifier
 from vlmrt.actors.edge.open_requests import MediaBudget
 from vlmrt.actors.edge.prompt import PromptBuilder, load_prompt_builder
 from vlmrt.actors.edge.responder import Responder
+from vlmrt.actors.edge.responses_api import ResponsesEndpoint
 from vlmrt.actors.edge.sampling import SamplingDefaults
 from vlmrt.actors.edge.scheduler_link import SchedulerLink, unavailable
 from vlmrt.actors.edge.served_model import ServedModel, system_fingerprint
 from vlmrt.actors.edge.tokenization import TokenizationEndpoint
+from vlmrt.actors.edge.tools import CALL_BEGIN, CALL_END, call_tags
 from vlmrt.actors.models.config import CheckpointError, GenerationDefaults, ImageProcessing, ModelConfig
 from vlmrt.actors.models.registry import load_generation_defaults, load_image_processing, load_model_config
 from vlmrt.runtime.actor import ActorContext
@@ -57,6 +63,9 @@ class EdgeActor:
         self._health = Health(context.config.supervision.heartbeat_timeout_s)
         self._budget = MediaBudget(context.config.server.max_media_mib << 20)
         self._executor = ThreadPoolExecutor(NUM_THREADS, "edge")
+        self._grammar_thread = ThreadPoolExecutor(
+            1, "grammar"
+        )  # a compilation cannot be stopped, nor may it be waited for
         self._runner: web.AppRunner | None = None
         self._site: web.SockSite | None = None
 
@@ -69,13 +78,25 @@ class EdgeActor:
         """Bytes of bodies and encoded pictures that open requests hold."""
         return self._budget.used_bytes
 
+    @property
+    def routes(self) -> list[tuple[str, str]]:
+        """(method, path) of all that is served; GET stands for HEAD too."""
+        assert self._runner is not None
+        resources = self._runner.app.router.resources()
+        return [
+            (route.method, resource.canonical)
+            for resource in resources
+            for route in resource
+            if route.method != hdrs.METH_HEAD
+        ]
+
     async def start(self) -> Capabilities:
         """Load tokenizer and template, then accept connections.  Raises: StartupError."""
         if self._context.listen_socket is None:
             raise StartupError("the edge has no listening socket")
         loop = asyncio.get_running_loop()
         app = build_app(await loop.run_in_executor(self._executor, self._load))
-        self._runner = web.AppRunner(
+        self._runner = EdgeRunner(
             app,
             handler_cancellation=True,
             access_log=None,
@@ -107,23 +128,32 @@ class EdgeActor:
         self, model: ModelConfig, processing: ImageProcessing, generation: GenerationDefaults, prompts: PromptBuilder
     ) -> AppCollaborators:
         config, metrics, executor = self._context.config, self._context.metrics, self._executor
-        vocabulary = Vocabulary(prompts.tokenizer)
+        vocabulary = Vocabulary(prompts.tokenizer, always_shown=(CALL_BEGIN, CALL_END))
+        eos_token_ids = tuple(dict.fromkeys((*generation.eos_token_ids, *model.eos_token_ids)))
+        checker = GrammarChecker(
+            Path(config.model.directory) / "tokenizer.json", model.text.vocab_size, eos_token_ids, self._grammar_thread
+        )
+        forms = AnswerForms(checker, call_tags(prompts.tokenizer))
         generator = Generator(self._link, vocabulary, config.scheduling, metrics)
         responder = Responder(config.server, self._link, self._budget, generator, metrics, self._write_timeout_s)
         fetcher = MediaFetcher(config.server, executor, self._resolve)
         identity = f"{config.model.directory}@{config.model.revision}"
         identifier = ImageIdentifier(processing, identity, config.server.max_pixels)
         chat_prompts = ChatPrompts(fetcher, identifier, prompts, executor, config.server.limit_images)
-        sampling = SamplingDefaults(generation, model.eos_token_ids, model.text.vocab_size)
+        sampling = SamplingDefaults(generation, eos_token_ids, model.text.vocab_size)
         served = ServedModel(
             names=config.model.served_names,
             fingerprint=system_fingerprint(config, processing, generation, prompts.template_source),
             max_model_len=config.model.max_model_len,
         )
+        chat = ChatEndpoint(responder, chat_prompts, sampling, served, vocabulary, forms)
         return AppCollaborators(
             config=config,
-            chat=ChatEndpoint(responder, chat_prompts, sampling, served, vocabulary),
-            completions=CompletionEndpoint(responder, prompts, executor, sampling, served, vocabulary),
+            model=served,
+            chat=chat,
+            responses=ResponsesEndpoint(responder, chat, served),
+            messages=MessagesEndpoint(responder, chat, chat_prompts, self._link, self._budget, served),
+            completions=CompletionEndpoint(responder, prompts, executor, sampling, served, vocabulary, forms),
             tokenization=TokenizationEndpoint(
                 responder, self._budget, self._link, chat_prompts, prompts, executor, sampling, served
             ),
@@ -158,4 +188,5 @@ class EdgeActor:
         await self._link.drain(CLOSE_S)
         if self._runner is not None:
             await self._runner.cleanup()
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        for executor in (self._executor, self._grammar_thread):
+            executor.shutdown(wait=False, cancel_futures=True)

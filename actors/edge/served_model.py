@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from hashlib import blake2b
+from typing import Literal
 
 import msgspec
 from msgspec import Struct
@@ -15,6 +17,20 @@ from vlmrt.runtime.errors import RequestError
 ALIAS = "model"  # answers always, whatever the model is called
 
 
+class ModelCard(Struct, frozen=True):
+    id: str
+    created: int
+    root: str  # the name that answers report
+    max_model_len: int
+    object: Literal["model"] = "model"
+    owned_by: str = "vlmrt"
+
+
+class ModelList(Struct, frozen=True):
+    data: tuple[ModelCard, ...]
+    object: Literal["list"] = "list"
+
+
 class ServedModel(Struct, frozen=True):
     """The model by its names, and what bounds a request to it."""
 
@@ -23,14 +39,18 @@ class ServedModel(Struct, frozen=True):
     max_model_len: int
 
     def check(self, name: str | None) -> None:
-        """Raises: RequestError 404 where the model goes by no such name."""
-        if name is not None and name not in (ALIAS, *self.names):
-            raise RequestError(
-                f"the model {name[:100]!r} does not exist; served here: {', '.join(self.names)}",
-                status=404,
-                code="model_not_found",
-                param="model",
-            )
+        """Raises: RequestError 404 where the model goes by no such name, with a hint where it nearly does."""
+        if name is None or name in (ALIAS, *self.names):
+            return
+        known = {served.lower(): served for served in self.names}
+        near = difflib.get_close_matches(name[:200].lower(), known, 1, 0.75)
+        hint = f"did you mean {known[near[0]]!r}?" if near else f"served here: {', '.join(self.names)}"
+        raise RequestError(
+            f"the model {name[:100]!r} does not exist; {hint}", status=404, code="model_not_found", param="model"
+        )
+
+    def card(self, name: str, created: int) -> ModelCard:
+        return ModelCard(name, created, self.names[0], self.max_model_len)
 
 
 def system_fingerprint(

@@ -10,16 +10,19 @@ import msgspec
 from aiohttp import web
 from msgspec import Struct
 
+from vlmrt.actors.edge.api_keys import tenant_salt
 from vlmrt.actors.edge.chat_prompt import ChatPrompts
 from vlmrt.actors.edge.chat_request import ChatMessage, ProcessorOptions, make_conversation
 from vlmrt.actors.edge.open_requests import MediaBudget, MediaLease
 from vlmrt.actors.edge.prompt import PromptBuilder
-from vlmrt.actors.edge.request_fields import check_salt, parse_body, refuse
+from vlmrt.actors.edge.refusals import refuse
+from vlmrt.actors.edge.request_fields import check_salt, parse_body
 from vlmrt.actors.edge.responder import Responder, ignored_fields
 from vlmrt.actors.edge.responses import DetokenizeAnswer, TokenizeAnswer, encode_json
 from vlmrt.actors.edge.sampling import SamplingDefaults
 from vlmrt.actors.edge.scheduler_link import SchedulerLink
 from vlmrt.actors.edge.served_model import ServedModel
+from vlmrt.actors.edge.tools import Tool, tool_use
 
 
 class TokenizeRequest(Struct, frozen=True, kw_only=True):
@@ -33,6 +36,7 @@ class TokenizeRequest(Struct, frozen=True, kw_only=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     mm_processor_kwargs: ProcessorOptions | None = None
+    tools: list[Tool] | None = None
     cache_salt: str | None = None  # of the images that are named without their bytes
     return_token_strs: bool | None = None
 
@@ -76,6 +80,8 @@ class TokenizationEndpoint:
             body = await self._responder.read_body(request, lease)
             fields, ignored = parse_body(body, _tokenize_decoder)
             self._model.check(fields.model)
+            check_salt(fields.cache_salt or "")
+            fields = msgspec.structs.replace(fields, cache_salt=tenant_salt(request, fields.cache_salt))
             num_body_bytes = len(body)
             del body
             token_ids = await self._token_ids(fields, lease, num_body_bytes)
@@ -90,7 +96,6 @@ class TokenizationEndpoint:
             special = fields.add_special_tokens is not False
             ids = await self._prompts.encode_text(fields.prompt or "", self._executor, add_special_tokens=special)
             return tuple(ids)
-        check_salt(fields.cache_salt or "")
         conversation = make_conversation(
             fields.messages,
             add_generation_prompt=fields.add_generation_prompt,
@@ -98,6 +103,7 @@ class TokenizationEndpoint:
             template_variables=fields.chat_template_kwargs,
             processor=fields.mm_processor_kwargs,
             cache_salt=fields.cache_salt,
+            tools=tool_use(fields.tools, None).shown,
         )
         with self._link.look_up() as lookup:
             async with self._responder.in_time():
