@@ -21,10 +21,11 @@ from vlmrt.tools.loading_bars import LoadingBars
 from vlmrt.tools.offline.client import Client
 from vlmrt.tools.offline.errors import EngineDeadError
 from vlmrt.tools.offline.progress import stderr_console
-from vlmrt.tools.offline.service import Loading, ServiceFailed, ServiceNews, ServiceReady, decode_report
+from vlmrt.tools.offline.reports import Loading, ServiceFailed, ServiceNews, ServiceReady, decode_report
 
 T = TypeVar("T")
 
+SERVICE = "vlmrt.tools.offline.service"
 _KEYS_VARIABLE = "VLMRT_API_KEY"  # of servers that others reach
 _MAX_REPORT_BYTES = 1 << 20
 _NUM_THREADS = 4  # that encode pictures
@@ -39,8 +40,11 @@ logger = logging.getLogger("vlmrt")
 class Engine:
     """Runs from the constructor to `close`.  Belongs to the process that made it."""
 
-    def __init__(self, arguments: Sequence[str], *, show_loading: bool = True) -> None:
-        """Start, and wait until every actor is up.  `arguments`: of `vlmrt launch`.  Raises: StartupError."""
+    def __init__(self, arguments: Sequence[str], *, show_loading: bool = True, service: str = SERVICE) -> None:
+        """Start, and wait until every actor is up.  Raises: StartupError.
+
+        `arguments` are those of `vlmrt launch`; `service` is the module that is run with them.
+        """
         self._owner_pid = os.getpid()
         self._lock = threading.RLock()  # of _closed, and of what is handed to the loop before it is set
         self._closed = False
@@ -51,15 +55,16 @@ class Engine:
         self._why = ""  # it ended, in the service's own words
         self._stopping = asyncio.Event()
         self._bars = LoadingBars(stderr_console()) if show_loading else None
+        self._loop = asyncio.new_event_loop()
         reader_fd, writer_fd = os.pipe2(os.O_CLOEXEC)
         try:
-            self._process = _spawn(arguments, writer_fd)
+            self._process = _spawn(service, arguments, writer_fd)
         except BaseException:
+            self._loop.close()
             os.close(reader_fd)
             raise
         finally:
             os.close(writer_fd)
-        self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, args=(reader_fd,), name="vlmrt-engine", daemon=True)
         self._thread.start()
         try:
@@ -178,7 +183,7 @@ class Engine:
                 self._client = Client(session, executor, _SEQS_AHEAD * report.max_num_seqs)
                 self._started.set_result(None)
             case ServiceReady():
-                logger.warning("ready again")
+                logger.warning("the engine is ready again")
             case ServiceNews():
                 logger.warning("%s", report.text)
             case ServiceFailed():
@@ -188,9 +193,8 @@ class Engine:
         """The report's end is the end of the service."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_KILLED_S)
-        self._why = (
-            self._why or f"its process ended with exit code {self._process.returncode}; its last log lines say why"
-        )
+        code = self._process.returncode
+        self._why = self._why or f"its process ended with exit code {code}; its last log lines say why"
         if not self._started.done():
             self._started.set_exception(StartupError(self._why))
         self._ended.set()
@@ -210,11 +214,11 @@ class Engine:
             await asyncio.wait({worker, death})
 
 
-def _spawn(arguments: Sequence[str], report_fd: int) -> subprocess.Popen[bytes]:
+def _spawn(service: str, arguments: Sequence[str], report_fd: int) -> subprocess.Popen[bytes]:
     """In a session of its own: a Ctrl-C ends a batch, not the engine."""
     environment = {name: value for name, value in os.environ.items() if name != _KEYS_VARIABLE}
     return subprocess.Popen(
-        [sys.executable, "-m", "vlmrt.tools.offline.service", str(report_fd), str(os.getpid()), *arguments],
+        [sys.executable, "-m", service, str(report_fd), str(os.getpid()), *arguments],
         stdin=subprocess.DEVNULL,
         pass_fds=(report_fd,),
         env=environment,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 from msgspec import Struct
@@ -26,7 +26,7 @@ class TokenLogprob(Struct, frozen=True):
 class CompletionOutput(Struct, frozen=True, omit_defaults=True):
     index: int
     text: str
-    finish_reason: Literal["stop", "length", "tool_calls"]
+    finish_reason: str  # stop, length or tool_calls
     token_ids: tuple[int, ...] = ()  # the end token included
     logprobs: tuple[TokenLogprob, ...] | None = None
     stop_reason: int | str | None = None  # the stop string or token id that ended it
@@ -67,7 +67,7 @@ class _Logprobs(Struct):
 
 class _Choice(Struct):
     index: int
-    finish_reason: Literal["stop", "length", "tool_calls"]
+    finish_reason: str
     message: _Message | None = None
     text: str | None = None
     token_ids: tuple[int, ...] = ()

@@ -13,7 +13,6 @@ import signal
 import sys
 from collections.abc import Sequence
 
-import msgspec
 from msgspec import structs
 
 from vlmrt.actors.models.config import CheckpointError
@@ -24,40 +23,13 @@ from vlmrt.runtime.supervisor import Supervisor
 from vlmrt.tools.cli import build_parser
 from vlmrt.tools.devices import num_cuda_devices
 from vlmrt.tools.launch import build_config
+from vlmrt.tools.offline.reports import Loading, Report, ServiceFailed, ServiceNews, ServiceReady, encode_report
 
 # One user, who waits for the end and knows what is sent: nothing here is refused or cut because others wait.
 REQUEST_TIMEOUT_S = 30 * 24 * 3600.0
 MAX_WAITING = 4096
 MAX_BODY_MIB = 1024
 MAX_MEDIA_MIB = 4096
-
-
-class Loading(msgspec.Struct, frozen=True, tag=True):
-    actor: str
-    stage: str
-    done: int
-    total: int
-
-
-class ServiceReady(msgspec.Struct, frozen=True, tag=True):
-    url: str
-    max_num_seqs: int
-
-
-class ServiceNews(msgspec.Struct, frozen=True, tag=True):
-    """For a log: an actor was lost, or restarts."""
-
-    text: str
-
-
-class ServiceFailed(msgspec.Struct, frozen=True, tag=True):
-    message: str
-
-
-Report = Loading | ServiceReady | ServiceNews | ServiceFailed
-
-encode_report = msgspec.json.Encoder().encode
-decode_report = msgspec.json.Decoder(Report).decode
 
 
 class PipeReport:
