@@ -77,8 +77,9 @@ class Gate:
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self.leave(weight)
+            if not turn.cancelled():  # it was let in and never knew
+                self._free += weight
+            self._let_in()
             raise
 
     def leave(self, weight: int) -> None:

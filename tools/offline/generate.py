@@ -111,7 +111,7 @@ def _file(arguments: argparse.Namespace, params: SamplingParams) -> int:
         raise UsageError("--image goes with --prompt; requests of a file hold their own pictures")
     defaults = {CHAT_PATH: params.fields(chat=True), COMPLETIONS_PATH: params.fields(chat=False)}
     with _open_input(arguments.input) as source:
-        output, answered = _open_output(arguments)
+        output, answered = open_output(arguments)
         with (
             output,
             closing(_engine(arguments)) as engine,
@@ -134,7 +134,7 @@ def _open_input(name: str) -> BinaryIO:
         raise UsageError(f"--input {name}: {error.strerror}") from None
 
 
-def _open_output(arguments: argparse.Namespace) -> tuple[BinaryIO, set[str]]:
+def open_output(arguments: argparse.Namespace) -> tuple[BinaryIO, set[str]]:
     """The file, behind what stays of it; and the ids of the requests that it answers already."""
     name = arguments.output
     if name == "-":

@@ -43,7 +43,7 @@ class Picture:
             case bytes():
                 size = len(self._source)
             case Path():
-                size = self._source.stat().st_size
+                size = _file_size(self._source)
         return size * 4 // 3
 
     def encode(self) -> None:
@@ -200,6 +200,13 @@ def _without(part: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 
 def _shown(source: object) -> str:
     return str(source) if isinstance(source, Path) else f"the {type(source).__name__}"
+
+
+def _file_size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # `encode` says what is wrong
+        return 0
 
 
 def _file_bytes(source: Image.Image | bytes | Path) -> bytes:

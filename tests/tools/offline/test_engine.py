@@ -109,12 +109,12 @@ def test_an_interrupted_start_leaves_no_process(run_root: Path) -> None:
     assert subprocess.run(["pgrep", "-f", str(run_root)], capture_output=True, check=False).stdout == b""
 
 
-def test_a_service_that_dies_in_the_middle_is_an_error_for_those_who_wait(engine: Engine) -> None:
+def test_a_service_that_dies_in_the_middle_is_an_error_for_those_who_wait(engine: Engine, run_root: Path) -> None:
     with pytest.raises(EngineDeadError, match="exit code -9"):
         engine.call(saying("die"))
     with pytest.raises(EngineDeadError, match="exit code -9"):
         engine.call(saying("hello"))
-    (Path(engine._process.args[-1]) / "http.sock").unlink()  # type: ignore[index]
+    (run_root / "http.sock").unlink()
 
 
 def test_a_keyboard_interrupt_cancels_the_request_and_the_engine_works_on(engine: Engine, run_root: Path) -> None:
