@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import aiohttp
 
 from vlmrt.runtime.errors import StartupError
+from vlmrt.tools.api_keys import VARIABLE as API_KEYS_VARIABLE
 from vlmrt.tools.loading_bars import LoadingBars
 from vlmrt.tools.offline.client import Client
 from vlmrt.tools.offline.errors import EngineDeadError
@@ -26,7 +27,6 @@ from vlmrt.tools.offline.reports import Loading, ServiceFailed, ServiceNews, Ser
 T = TypeVar("T")
 
 SERVICE = "vlmrt.tools.offline.service"
-_KEYS_VARIABLE = "VLMRT_API_KEY"  # of servers that others reach
 _MAX_REPORT_BYTES = 1 << 20
 _NUM_THREADS = 4  # that encode pictures
 _SEQS_AHEAD = 2  # requests at the service for each one that runs: the next is tokenized while one ends
@@ -216,7 +216,7 @@ class Engine:
 
 def _spawn(service: str, arguments: Sequence[str], report_fd: int) -> subprocess.Popen[bytes]:
     """In a session of its own: a Ctrl-C ends a batch, not the engine."""
-    environment = {name: value for name, value in os.environ.items() if name != _KEYS_VARIABLE}
+    environment = {name: value for name, value in os.environ.items() if name != API_KEYS_VARIABLE}  # others' servers'
     return subprocess.Popen(
         [sys.executable, "-m", service, str(report_fd), str(os.getpid()), *arguments],
         stdin=subprocess.DEVNULL,
