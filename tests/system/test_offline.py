@@ -82,6 +82,28 @@ def test_answers_come_in_the_order_of_the_questions_and_the_same_alone_or_togeth
         assert alone.prompt_token_ids == together[index].prompt_token_ids
 
 
+def test_raw_prompts_are_continued_as_the_chat_template_would_have_them(llm: LLM) -> None:
+    (chat,) = llm.chat(said("What can you do?"), GREEDY, use_tqdm=False)
+    prompts: list[Any] = ["The red", {"prompt": "The red"}, {"prompt_token_ids": chat.prompt_token_ids}]
+    first, same, raw = llm.generate(prompts, GREEDY, use_tqdm=False)
+    assert first.prompt == same.prompt == "The red"
+    assert first.outputs[0].token_ids == same.outputs[0].token_ids
+    assert raw.prompt is None
+    assert raw.prompt_token_ids == chat.prompt_token_ids
+    assert raw.outputs[0] == chat.outputs[0]
+    (unlimited,) = llm.generate("What can you do?", SamplingParams(temperature=0, stop_token_ids=[13]), use_tqdm=False)
+    assert unlimited.outputs[0].finish_reason == "stop"
+
+
+def test_several_answers_to_one_question_come_by_their_index(llm: LLM) -> None:
+    params = SamplingParams(n=3, temperature=2, seed=5, max_tokens=8, stop=["zzz"])
+    (output,) = llm.chat(said("Hello"), params, use_tqdm=False)
+    assert [choice.index for choice in output.outputs] == [0, 1, 2]
+    assert len({choice.token_ids for choice in output.outputs}) > 1
+    again = llm.chat([said("Hello")] * 2, params, use_tqdm=False)
+    assert [one.outputs for one in again] == [output.outputs] * 2
+
+
 def test_a_large_picture_is_sent_once_and_known_by_name_afterwards(llm: LLM) -> None:
     image = noise(640, 480, 5)
     first = llm.chat(about(image), GREEDY, use_tqdm=False)
