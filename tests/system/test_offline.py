@@ -183,7 +183,7 @@ elif sys.argv[1] == "killed":
 """
 
 
-@pytest.mark.parametrize("how", ["forgotten", "killed", "engine dies"])
+@pytest.mark.parametrize("how", ["killed", "engine dies"])
 def test_nothing_is_left_however_the_program_ends(how: str, run_root: Path) -> None:
     environment = {**os.environ, "TMPDIR": str(run_root), "XDG_RUNTIME_DIR": ""}
     program = subprocess.Popen([sys.executable, "-c", PROGRAM, how], stdout=subprocess.PIPE, text=True, env=environment)
