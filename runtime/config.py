@@ -49,6 +49,7 @@ def api_key_digest(key: str) -> bytes:
 class ServerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
     port: int = 8000
+    private_socket: bool = False  # a Unix socket in the run directory, in place of host and port
     max_body_mib: int = 64
     max_media_mib: int = 512  # encoded bytes of all open requests together
     request_timeout_s: float = 600.0

@@ -136,6 +136,15 @@ def bind_http(server: ServerOptions) -> socket.socket:
     return listener
 
 
+def bind_private(run_dir: Path) -> socket.socket:
+    """As bind_http, where only this user can reach it: run_dir lets nobody else in, and takes the socket with it."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    listener.bind(str(socket_path(run_dir, "http")))
+    listener.listen(_LISTEN_BACKLOG)
+    listener.setblocking(False)
+    return listener
+
+
 class Supervisor:
     """One service, from its first process to its last.  Use once."""
 
@@ -205,13 +214,14 @@ class Supervisor:
         """Everything that lives as long as the service; closed in reverse order."""
         specs = self._specs or actor_specs(self._config, num_gpus=self._num_gpus)
         self._table = ProcessTable.of(specs)
-        self._listener = stack.enter_context(bind_http(self._config.server))
-        self.url = _url(self._listener)
         zmq_context = new_context()
         stack.callback(zmq_context.destroy, 0)
         run_dir = RunDir()
         stack.callback(run_dir.remove)
         self.run_dir = run_dir.path
+        server = self._config.server
+        self._listener = stack.enter_context(bind_private(run_dir.path) if server.private_socket else bind_http(server))
+        self.url = _url(self._listener)
         self._lifeline_fd, lifeline_writer = os.pipe2(os.O_CLOEXEC)
         stack.callback(os.close, self._lifeline_fd)
         self._sweeper = _start_sweeper(self._lifeline_fd, run_dir.path)
@@ -553,6 +563,8 @@ async def _wait_all_or(tasks: Collection[asyncio.Task[None]], other: asyncio.Tas
 
 
 def _url(listener: socket.socket) -> str:
+    if listener.family == socket.AF_UNIX:
+        return f"unix:{listener.getsockname()}"
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if listener.family == socket.AF_INET6 else f"http://{host}:{port}"
 

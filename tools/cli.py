@@ -17,6 +17,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from vlmrt.tools.launch import launch
 
             return launch(arguments)
+        case "generate":
+            from vlmrt.tools.offline.generate import generate
+
+            return generate(arguments)
     raise AssertionError(arguments.command)
 
 
@@ -34,10 +38,20 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
     )
+    add_generate(
+        commands.add_parser(
+            "generate",
+            help="answer a file of requests, or one question, without a server",
+            description="Answer a file of requests, or one question: starts the engine, answers, ends it. "
+            "Without --model, the demo model.",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+    )
     return parser
 
 
-def add_launch(parser: argparse.ArgumentParser) -> None:
+def add_engine(parser: argparse.ArgumentParser, preset: str = "interactive") -> None:
+    """The options of whatever runs a model: all of `launch` but those of its HTTP server."""
     model = parser.add_argument_group("model")
     model.add_argument("--model", metavar="DIR|HUB_ID", help="a local directory or a hub id; default: the demo model")
     model.add_argument("--revision", default="main", help="of the hub id")
@@ -116,11 +130,10 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="requests that run at once; default: 256 on a GPU, else 64",
     )
-    limits.add_argument("--max-waiting", type=positive_int, default=256, metavar="N", help="more are refused with 429")
     limits.add_argument(
         "--preset",
         choices=("interactive", "throughput"),
-        default="interactive",
+        default=preset,
         help="short steps for those who read along, or long ones for those who wait for the end",
     )
     limits.add_argument(
@@ -136,11 +149,28 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of one step; default: interactive 4096 on a GPU, else 1024; throughput 8192",
     )
-    limits.add_argument("--request-timeout-s", type=positive_float, default=600.0, metavar="S")
-    limits.add_argument("--max-body-mib", type=positive_int, default=64, metavar="MIB", help="more is refused with 413")
     limits.add_argument("--limit-images", type=positive_int, default=64, metavar="N", help="images of one request")
     limits.add_argument("--max-pixels", type=positive_int, default=100_000_000, metavar="N", help="of one sent image")
 
+    media = parser.add_argument_group("media")
+    media.add_argument(
+        "--allowed-media-domains",
+        nargs="+",
+        default=[],
+        metavar="HOST",
+        help="hosts, IPs, CIDRs or * that images may be fetched from, each with an optional :port; none: no fetching",
+    )
+    media.add_argument("--allowed-media-root", metavar="DIR", help="file:// images may lie below this directory")
+
+    running = parser.add_argument_group("running")
+    running.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="warning")
+    running.add_argument("--shutdown-grace-s", type=positive_float, default=10.0, metavar="S", help="for open requests")
+    running.add_argument("--start-timeout-s", type=positive_float, default=600.0, metavar="S")
+    running.add_argument("--fault-hooks", action="store_true", help=argparse.SUPPRESS)  # for the test suite only
+
+
+def add_launch(parser: argparse.ArgumentParser) -> None:
+    add_engine(parser)
     http = parser.add_argument_group("HTTP")
     http.add_argument("--host", default="127.0.0.1")
     http.add_argument("--port", type=port_number, default=8000, help="0: any free port")
@@ -157,22 +187,47 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="lines of KEY or KEY TENANT, # comments; tenants never share cached work",
     )
+    http.add_argument("--max-waiting", type=positive_int, default=256, metavar="N", help="more are refused with 429")
+    http.add_argument("--request-timeout-s", type=positive_float, default=600.0, metavar="S")
+    http.add_argument("--max-body-mib", type=positive_int, default=64, metavar="MIB", help="more is refused with 413")
     http.add_argument("--cors-origins", nargs="+", default=[], metavar="ORIGIN")
     http.add_argument("--admin-routes", action="store_true", help="POST /reset_prefix_cache and /reset_mm_cache")
-    http.add_argument(
-        "--allowed-media-domains",
-        nargs="+",
-        default=[],
-        metavar="HOST",
-        help="hosts, IPs, CIDRs or * that images may be fetched from, each with an optional :port; none: no fetching",
-    )
-    http.add_argument("--allowed-media-root", metavar="DIR", help="file:// images may lie below this directory")
 
-    running = parser.add_argument_group("running")
-    running.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="warning")
-    running.add_argument("--shutdown-grace-s", type=positive_float, default=10.0, metavar="S", help="for open requests")
-    running.add_argument("--start-timeout-s", type=positive_float, default=600.0, metavar="S")
-    running.add_argument("--fault-hooks", action="store_true", help=argparse.SUPPRESS)  # for the test suite only
+
+def add_generate(parser: argparse.ArgumentParser) -> None:
+    requests = parser.add_argument_group("requests")
+    source = requests.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--input",
+        metavar="FILE",
+        help='one request per line: {"messages": [...]}, {"prompt": "..."} or a line of an OpenAI batch; -: stdin',
+    )
+    source.add_argument("--prompt", metavar="TEXT", help="one question; its answer is printed as text")
+    requests.add_argument("--image", nargs="+", default=[], metavar="FILE", help="pictures that --prompt is about")
+    requests.add_argument(
+        "--output",
+        default="-",
+        metavar="FILE",
+        help="a line of JSON per answer; requests that an existing file answers are skipped; -: stdout",
+    )
+    requests.add_argument("--unordered", action="store_true", help="answers as they come, not in the input's order")
+    requests.add_argument("--no-progress", action="store_true", help="no bars on the terminal")
+    sampling = parser.add_argument_group("sampling", "for requests that do not say it themselves")
+    sampling.add_argument("--n", type=int, metavar="N", help="answers for each request")
+    sampling.add_argument("--max-tokens", type=int, metavar="N", help="default: as much as the context holds")
+    sampling.add_argument("--min-tokens", type=int, metavar="N")
+    sampling.add_argument("--temperature", type=float, metavar="F", help="0: greedy")
+    sampling.add_argument("--top-p", type=float, metavar="F")
+    sampling.add_argument("--top-k", type=int, metavar="N")
+    sampling.add_argument("--min-p", type=float, metavar="F")
+    sampling.add_argument("--presence-penalty", type=float, metavar="F")
+    sampling.add_argument("--frequency-penalty", type=float, metavar="F")
+    sampling.add_argument("--repetition-penalty", type=float, metavar="F")
+    sampling.add_argument("--seed", type=int, metavar="N")
+    sampling.add_argument("--stop", nargs="+", metavar="TEXT")
+    sampling.add_argument("--logprobs", type=int, metavar="N", help="alternatives told for each token")
+    sampling.add_argument("--ignore-eos", action="store_true", help="go on to --max-tokens")
+    add_engine(parser, preset="throughput")
 
 
 def positive_int(text: str) -> int:

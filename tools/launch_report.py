@@ -9,18 +9,16 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from vlmrt.actors.models.config import ModelConfig
 from vlmrt.actors.models.registry import load_generation_defaults
 from vlmrt.runtime.config import Config
 from vlmrt.runtime.messages import ActorName, Capabilities, Epoch, LlmReady
 from vlmrt.tools import demo
+from vlmrt.tools.loading_bars import LoadingBars, amount_text
 
 PICTURE = Path(__file__).parent / "red-circle.png"
 QUESTION = "What color is the circle?"
-BYTE_STAGES = ("loading weights", "pinning host memory")  # that count bytes
-MIB = 1 << 20
 
 
 class LaunchReport:
@@ -35,23 +33,13 @@ class LaunchReport:
         self._was_ready = False
         self._began_s = time.monotonic()
         self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
-        self._bars: Progress | None = None
-        self._tasks: dict[tuple[ActorName, str], TaskID] = {}
         self._line(f"vlmrt: starting {config.model.served_names[0]} on {self._place()}")
-        if self._console.is_terminal:
-            columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"))
-            self._bars = Progress(*columns, console=self._console, transient=True)
-            self._bars.start()
+        self._bars = LoadingBars(self._console)
 
     def progress(self, actor: ActorName, stage: str, done: int, total: int) -> None:
-        amount = f"{done / MIB:.1f}/{total / MIB:.1f} MiB" if stage in BYTE_STAGES else f"{done}/{total}"
-        if self._bars is not None:
-            key = (actor, stage)
-            if key not in self._tasks:
-                self._tasks[key] = self._bars.add_task(f"{actor} {stage}", total=total, amount=amount)
-            self._bars.update(self._tasks[key], completed=done, total=total, amount=amount)
-        elif done in (0, total):
-            self._line(f"  {actor}: {stage} {amount}")
+        self._bars.show(actor, stage, done, total)
+        if not self._console.is_terminal and done in (0, total):
+            self._line(f"  {actor}: {stage} {amount_text(stage, done, total)}")
 
     def actor_up(self, actor: ActorName, epoch: Epoch, capabilities: Capabilities) -> None:
         if isinstance(capabilities, LlmReady):
@@ -72,7 +60,7 @@ class LaunchReport:
             self._line(f"vlmrt: GPU sharing set up anew: {how}")
 
     def ready(self, url: str, start_s: float) -> None:
-        self._stop_bars()
+        self._bars.stop()
         if self._was_ready:
             self._line(f"vlmrt: ready again after {start_s:.1f} s")
             return
@@ -81,21 +69,16 @@ class LaunchReport:
             self._line(line)
 
     def stopping(self, reason: str) -> None:
-        self._stop_bars()
+        self._bars.stop()
         self._line(f"vlmrt: stopping: {reason}")
 
     def failed(self, message: str) -> None:
-        self._stop_bars()
+        self._bars.stop()
         print(f"vlmrt: error: {message}", file=sys.stderr, flush=True)
 
     def _line(self, text: str) -> None:
         self._console.print(text, markup=False)
         self._console.file.flush()
-
-    def _stop_bars(self) -> None:
-        if self._bars is not None:
-            self._bars.stop()
-            self._bars = None
 
     def _place(self) -> str:
         parallel = self._config.parallel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from tests.runtime.services import ROOT
 from vlmrt.runtime.config import ServerOptions
 from vlmrt.runtime.errors import StartupError
 from vlmrt.runtime.run_dir import RunDir
-from vlmrt.runtime.supervisor import bind_http
+from vlmrt.runtime.supervisor import bind_http, bind_private
 
 
 def test_it_is_private_and_goes_away(run_root: Path) -> None:
@@ -75,3 +76,12 @@ def test_the_listener_listens_without_reuseport(host: str) -> None:
             bind_http(ServerOptions(host=host, port=listener.getsockname()[1]))
     finally:
         listener.close()
+
+
+def test_a_private_socket_is_reached_by_its_path_alone_and_goes_with_the_run_directory(run_root: Path) -> None:
+    run_dir = RunDir()
+    with bind_private(run_dir.path) as listener, socket.socket(socket.AF_UNIX) as client:
+        assert Path(listener.getsockname()).parent == run_dir.path
+        client.connect(listener.getsockname())
+    run_dir.remove()
+    assert list(run_root.iterdir()) == []
