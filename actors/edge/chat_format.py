@@ -57,6 +57,7 @@ class ChatFormat:
             "system_fingerprint": model.fingerprint,
         }
         self._writer = ChunkWriter(constant, usage_style(chat))
+        self._delta_starts = [b'{"index":%d,"delta":' % index for index in range(chat.n or 1)]
 
     def whole(self, answer: Answer, choices: Sequence[Piece]) -> bytes:
         completion = ChatCompletion(
@@ -95,6 +96,8 @@ class ChatFormat:
     def _piece(self, answer: Answer, piece: Piece) -> bytes:
         """A chunk for every delta and one for the end; tokens go with the first of them."""
         deltas = list(map(encode_json, piece.deltas))
+        if piece.finish_reason is None and not piece.tokens and self._prompt_token_ids is None:
+            return b"".join([self._chunk(answer, piece.index, delta) for delta in deltas])
         if piece.finish_reason is not None:
             deltas.append(b"{}")
         logprobs = encode_json(self._logprobs(piece.tokens)) if piece.tokens else b"null"
@@ -116,7 +119,8 @@ class ChatFormat:
         token_ids: bytes = b"",
         extra: bytes = b"",
     ) -> bytes:
-        choice = b'{"index":%d,"delta":%b,"logprobs":%b,%b%b}' % (index, delta, logprobs, finish, token_ids)
+        start = self._delta_starts[index]
+        choice = b"".join((start, delta, b',"logprobs":', logprobs, b",", finish, token_ids, b"}"))
         return self._writer.chunk(answer, choice, extra)
 
     def end(self, answer: Answer) -> bytes:

@@ -103,6 +103,7 @@ class Answer:
         self._arrived_s = arrived_s
         self._news = asyncio.Event()
         self._has_tokens = False
+        self._num_ended = 0
         self.num_choices = 0
         self._firsts: list[_Run] = []
         self._runs: list[_Run] = []
@@ -113,7 +114,7 @@ class Answer:
 
     @property
     def ended(self) -> bool:
-        return len(self._runs) == self.num_choices and all(run.choice.ended for run in self._runs)
+        return self._num_ended == self.num_choices
 
     @property
     def usage(self) -> ChatUsage:
@@ -147,8 +148,9 @@ class Answer:
             for run in list(self._runs):
                 if not run.choice.ended and (outputs := run.request.take()):
                     has_news = True
-                    self._measure(run, outputs)
+                    num_before = run.choice.num_tokens
                     piece = run.take(outputs)
+                    self._measure(run, run.choice.num_tokens - num_before)
                     if piece is not None:
                         pieces.append(piece)
                     self._after(run, piece)
@@ -185,16 +187,18 @@ class Answer:
     def _after(self, run: _Run, piece: Piece | None) -> None:
         """What the first token, or the end, of a choice entails."""
         if piece is not None and piece.finish_reason is not None:
+            self._num_ended += 1
             self._link.abort(run.request)  # where a stop string ended it
             self._metrics.add("request_success_total", finished_reason=piece.finish_reason)
-        followers, run.followers = run.followers, range(0)
-        for number in followers:
-            self._begin(run.generation, run.choice.index, number)
+        if run.followers:
+            followers, run.followers = run.followers, range(0)
+            for number in followers:
+                self._begin(run.generation, run.choice.index, number)
 
-    def _measure(self, run: _Run, outputs: Sequence[TokenOutput]) -> None:
-        num_tokens = sum(len(output.token_ids) for output in outputs)
-        now_s = time.monotonic()
+    def _measure(self, run: _Run, num_tokens: int) -> None:
+        """So many new tokens of a choice have come."""
         if num_tokens:
+            now_s = time.monotonic()
             if not self._has_tokens:
                 self._has_tokens = True
                 self._metrics.observe("time_to_first_token_seconds", now_s - self._arrived_s)
