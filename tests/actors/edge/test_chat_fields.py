@@ -56,7 +56,9 @@ CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments
                 {"role": "tool", "content": "42", "tool_call_id": "call_1"},
             ],
             SYSTEM
-            + "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n<|im_start|>tool\n42<|im_end|>\n",
+            + "<|im_start|>user\nHi<|im_end|>\n"
+            + '<|im_start|>assistant\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call><|im_end|>\n'
+            + "<|im_start|>user\n<tool_response>\n42\n</tool_response><|im_end|>\n",
         ),
     ],
     ids=["developer is system", "parts of a system message", "calls and their results"],
