@@ -200,7 +200,7 @@ class MediaActor:
         started_s = time.monotonic()
         pixels, reader_name = await self._in_thread("a video", self._read_group, message, group.frame_indices)
         self._context.metrics.observe("decode_frames_seconds", time.monotonic() - started_s)
-        self._context.metrics.add(f'frames_decoded_total{{reader="{reader_name}"}}', len(group.frame_indices))
+        self._context.metrics.add("frames_decoded_total", len(group.frame_indices), reader=reader_name)
         return pixels
 
     def _read_group(self, message: DecodeFrames, indices: Sequence[int]) -> tuple[Pixels, str]:

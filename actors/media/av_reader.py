@@ -239,10 +239,8 @@ def _upright(frame: Any) -> Pixels:
 
 def _broken(error: Exception) -> RequestError:
     """What a library says may quote the bytes, so only its kind is told."""
-    if isinstance(error, MemoryError):
-        return RequestError(
-            "not enough memory to decode the video", status=503, code="media_out_of_memory", retry_after_s=1
-        )
+    if isinstance(error, MemoryError):  # no honest clip of these sizes needs so much
+        return invalid("it asks for more memory than there is for a video")
     return invalid(f"it is broken or cut off ({type(error).__name__})")
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 Pixels = NDArray[np.uint8]
-Floats = NDArray[np.float32] | NDArray[np.float64]  # exact, whichever they are
+Floats = NDArray[np.floating[Any]]  # float32 or float64: exact, whichever they are
 
 BLOCK = 16  # output lines whose neighbours are weighed by one dense product
 MAX_WEIGHT_BITS = 22
@@ -104,7 +104,7 @@ def _axis(size: int, target_size: int) -> _Axis:
         shift += 1
     whole = [np.trunc(row * (1 << shift) + np.copysign(0.5, row)) for row in rows]
     exact = max(float(np.abs(row).sum()) for row in whole) * MIDDLE < EXACT_IN_FLOAT32
-    dtype: type[np.float32] | type[np.float64] = np.float32 if exact else np.float64
+    dtype = np.float32 if exact else np.float64
     unit = 0.5**shift
     added: Floats = np.array([MIDDLE * row.sum() * unit + 0.5 for row in whole], dtype)
     bands = []

@@ -77,7 +77,8 @@ def test_positions_and_delta_equal_the_reference(models: Models, seed: int) -> N
     media: list[tuple[int, Clip]] = []
     kinds, seconds = [], []
     for _ in range(rng.integers(1, 6)):
-        text, height, width = int(rng.integers(1, 12)), *(rng.integers(1, 9, 2) * MERGE).tolist()
+        text = int(rng.integers(1, 12))
+        height, width = (int(cells) * MERGE for cells in rng.integers(1, 9, 2))
         is_clip = bool(rng.random() < 0.6)
         kinds.append(2 if is_clip else 1)
         if is_clip:
@@ -86,7 +87,8 @@ def test_positions_and_delta_equal_the_reference(models: Models, seed: int) -> N
         media.append((text, (height, width, offsets if is_clip else [0])))
     tail = int(rng.integers(0, 7))
     spans, length = spans_of(media, tail)
-    token_types, grids, at = torch.zeros(1, length, dtype=torch.int32), ([], []), 0
+    token_types, at = torch.zeros(1, length, dtype=torch.int32), 0
+    grids: tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]] = ([], [])
     for kind, (text, (height, width, offsets)) in zip(kinds, media, strict=True):
         num_tokens = len(offsets) * height * width // MERGE**2
         token_types[0, at + text : at + text + num_tokens] = kind
