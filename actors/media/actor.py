@@ -12,6 +12,7 @@ from typing import Any, TypeVar, assert_never
 
 import numpy as np
 
+from vlmrt.actors.media.clip import reader_words
 from vlmrt.actors.media.image import Pixels, decode_image, limit_pillow
 from vlmrt.actors.media.memory_limit import limit_memory
 from vlmrt.actors.media.open_clips import OpenClips
@@ -80,6 +81,7 @@ class MediaActor:
 
     async def start(self) -> Capabilities:
         limit_pillow(self._max_pixels)
+        logger.info("videos are read by %s", reader_words(self._context.config.video))
         memory = self._context.config.memory
         self._arena = PixelArena.create(self._context, memory.pixel_arena_mib << 20)
         if memory.media_worker_mib:

@@ -6,6 +6,7 @@ first frame decoded, and only containers are opened that hold their frames thems
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 from collections.abc import Sequence
@@ -99,6 +100,15 @@ class Clip:
         reader = DecordReader(self.encoded, self.info.num_frames)
         logger.info("decord reads a video of %d frames", self.info.num_frames)
         return reader
+
+
+def reader_words(options: VideoOptions) -> str:
+    """Which libraries will read clips, for the log."""
+    if options.reader != "auto":
+        return {"decord": "decord alone", "av": "PyAV alone"}[options.reader]
+    if importlib.util.find_spec("decord") is None:
+        return "PyAV: decord is not installed"
+    return "decord, and by PyAV where it fails"
 
 
 def _clip_info(found: Found, options: VideoOptions) -> ClipInfo:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import random
 import re
@@ -20,7 +21,7 @@ from tests.clips import make_clip, make_sound, turned
 from tests.pictures import noise
 from vlmrt.actors.media import av_reader, decord_reader
 from vlmrt.actors.media.av_reader import AvReader, find_out
-from vlmrt.actors.media.clip import Clip
+from vlmrt.actors.media.clip import Clip, reader_words
 from vlmrt.actors.media.clip_errors import Deadline
 from vlmrt.actors.media.decord_reader import DecordUnusable
 from vlmrt.actors.media.open_clips import OpenClips
@@ -109,6 +110,13 @@ def test_a_clip_that_decord_gives_up_halfway_is_read_on_by_pyav(monkeypatch: pyt
     monkeypatch.undo()
     clip.read([21])
     assert clip.reader_name == "av"  # once and for all
+
+
+def test_the_log_names_what_reads_clips(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [reader_words(options) for options in (BY_DECORD, BY_AV)] == ["decord alone", "PyAV alone"]
+    assert reader_words(VideoOptions()) == "decord, and by PyAV where it fails"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "not installed" in reader_words(VideoOptions())
 
 
 @pytest.mark.parametrize("degrees", [0, 90, 180, 270])
@@ -285,7 +293,7 @@ def test_a_header_that_promises_more_memory_than_there_may_be_fails_alone(tmp_pa
     script = f"""
 import resource
 from pathlib import Path
-from vlmrt.actors.media.clip import Clip
+from vlmrt.actors.media.clip import Clip, reader_words
 from vlmrt.actors.media.memory_limit import limit_memory
 from vlmrt.runtime.config import VideoOptions
 from vlmrt.runtime.errors import RequestError
