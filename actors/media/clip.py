@@ -14,9 +14,10 @@ from typing import Protocol
 
 from vlmrt.actors.media.av_reader import AvReader, Found, find_out
 from vlmrt.actors.media.clip_errors import Deadline, invalid, too_large
-from vlmrt.actors.media.container import container_format
+from vlmrt.actors.media.container import FRAME_LIST, container_format
 from vlmrt.actors.media.decord_reader import FORMATS as DECORD_FORMATS
 from vlmrt.actors.media.decord_reader import DecordReader, DecordUnusable
+from vlmrt.actors.media.frame_list_reader import FrameListReader, look_into
 from vlmrt.actors.media.resize import Pixels
 from vlmrt.runtime.config import VideoOptions
 from vlmrt.runtime.errors import RequestError
@@ -50,7 +51,10 @@ class Clip:
         self.encoded = encoded
         self._options = options
         self._format = container_format(encoded)
-        self._found = find_out(encoded, self._format, options, self._deadline())
+        if self._format == FRAME_LIST:
+            self._found = look_into(encoded, options)
+        else:
+            self._found = find_out(encoded, self._format, options, self._deadline())
         self.info = _clip_info(self._found, options)
         self._reader: FrameReader | None = None
 
@@ -79,6 +83,9 @@ class Clip:
 
     def _frames(self, indices: Sequence[int]) -> list[Pixels]:
         """By decord where the options allow it and as long as it can."""
+        if self._format == FRAME_LIST:
+            self._reader = self._reader or FrameListReader(self.encoded, self._found, self._options)
+            return self._reader.read(indices, self._deadline())
         if self._options.reader != "av" and (self._reader is None or self._reader.name == DecordReader.name):
             try:
                 if self._reader is None:

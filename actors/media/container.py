@@ -6,6 +6,7 @@ Its guesses include playlists and scripts, which name other files and addresses 
 from __future__ import annotations
 
 from vlmrt.actors.media.clip_errors import invalid
+from vlmrt.runtime.frame_list import MARK
 
 _PICTURE_BRANDS = (b"heic", b"heix", b"mif1", b"msf1", b"avif", b"avis")
 _PICTURES = {
@@ -26,12 +27,15 @@ _CONTAINERS = {
 }
 _MOV_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot")
 _TS_PACKET_BYTES = 188
+FRAME_LIST = "frame list"  # not FFmpeg's
 
 
 def container_format(encoded: bytes) -> str:
-    """FFmpeg's name of the format.  Raises: RequestError 400 for anything that is no video known here."""
+    """FFmpeg's name of the format, or FRAME_LIST.  Raises: RequestError 400 for whatever is no video known here."""
     if not encoded:
         raise invalid("it is empty")
+    if encoded.startswith(MARK):
+        return FRAME_LIST
     for start, name in _CONTAINERS.items():
         if encoded.startswith(start):
             return name

@@ -121,16 +121,24 @@ def plan_clip(
     clip_frames: int,
     clip_fps: float,
     processing: VideoProcessing,
-    choice: FrameChoice,
+    choice: FrameChoice | None,
     tokens_per_second: float | None,
     *,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     total_pixels: int | None = None,
 ) -> ClipPlan:
-    """Everything about a clip that follows from what a probe found.  Raises: ValueError, see frame_size."""
+    """Everything about a clip that follows from what a probe found.
+
+    choice: None takes every frame, as for frames that a client has chosen itself; the last fills up its group.
+    Raises: ValueError, see frame_size.
+    """
     temporal = processing.temporal_patch_size
-    indices = frame_indices(clip_frames, clip_fps, choice, temporal)
+    if choice is None:
+        num_places = -(-clip_frames // temporal) * temporal
+        indices = tuple(min(index, clip_frames - 1) for index in range(num_places))
+    else:
+        indices = frame_indices(clip_frames, clip_fps, choice, temporal)
     size = frame_size(
         width,
         height,

@@ -15,6 +15,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.actors.edge.encoded_images import save
 from tests.clips import make_clip, make_sound, turned
@@ -28,6 +29,7 @@ from vlmrt.actors.media.open_clips import OpenClips
 from vlmrt.actors.media.resize import Pixels
 from vlmrt.runtime.config import VideoOptions
 from vlmrt.runtime.errors import RequestError
+from vlmrt.runtime.frame_list import pack_frames
 from vlmrt.runtime.messages import ClipInfo
 
 CLIP = make_clip()
@@ -297,6 +299,7 @@ from vlmrt.actors.media.clip import Clip, reader_words
 from vlmrt.actors.media.memory_limit import limit_memory
 from vlmrt.runtime.config import VideoOptions
 from vlmrt.runtime.errors import RequestError
+from vlmrt.runtime.frame_list import pack_frames
 Clip(Path({str(tmp_path / "whole.mp4")!r}).read_bytes(), VideoOptions()).read([0])
 limit_memory(512 << 20)
 try:
@@ -309,6 +312,54 @@ assert Clip(Path({str(tmp_path / "whole.mp4")!r}).read_bytes(), VideoOptions()).
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------- pictures sent as a clip
+
+
+def test_pictures_are_the_frames_of_a_clip() -> None:
+    pictures = [noise(60, 40, seed) for seed in range(5)]
+    data = pack_frames(
+        [save(picture, kind) for picture, kind in zip(pictures, ("PNG", "BMP", "PNG", "WEBP", "PNG"), strict=True)]
+    )
+    clip = Clip(data, VideoOptions())
+    assert clip.info == ClipInfo(60, 40, 5, 2.0, 2.5)
+    read = clip.read([0, 4, 1])
+    for frame, picture in zip(read, (pictures[0], pictures[4], pictures[1]), strict=True):
+        np.testing.assert_array_equal(frame, np.asarray(picture))
+    assert clip.reader_name == "pillow"
+
+
+def test_a_turned_first_picture_gives_the_clip_its_upright_size() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = pack_frames([save(noise(60, 40, seed), "JPEG", exif=exif) for seed in range(2)])
+    clip = Clip(data, VideoOptions())
+    assert (clip.info.width, clip.info.height) == (40, 60)
+    assert clip.read([1])[0].shape == (60, 40, 3)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (pack_frames([]), "no frames"),
+        (pack_frames([b"x" * 50]), "not a picture"),
+        (pack_frames([save(noise(60, 40, 0), "PNG")])[:-1], "promised"),
+        (pack_frames([b""])[:10], "breaks off"),
+        (pack_frames([b""])[:8] + struct.pack("<I", 2**32 - 1), "do not fit"),
+    ],
+)
+def test_broken_lists_of_pictures_are_refused(data: bytes, words: str) -> None:
+    assert words in refused(data).message
+
+
+def test_a_broken_picture_or_one_of_another_size_is_named() -> None:
+    whole, other = save(noise(60, 40, 0), "PNG"), save(noise(40, 60, 0), "PNG")
+    for second in (whole[:100], other, b""):
+        clip = Clip(pack_frames([whole, second]), VideoOptions())
+        with pytest.raises(RequestError, match="frame 1 of the video") as error:
+            clip.read([0, 1])
+        assert error.value.status == 400
 
 
 # ---------------------------------------------------------------- clips kept open

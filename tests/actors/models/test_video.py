@@ -211,6 +211,16 @@ def test_sizes_under_a_bound_of_all_pixels_equal_the_references(
     assert ours == (size.width, size.height)
 
 
+@pytest.mark.parametrize("num_frames", [1, 2, 5])
+def test_frames_that_were_chosen_already_are_all_taken(num_frames: int, reference: Any) -> None:
+    plan = plan_clip(100, 80, num_frames, 2.0, PROCESSING, None, None)
+    frames = torch.zeros(num_frames, 3, 80, 100, dtype=torch.uint8)
+    expected = reference([frames], do_sample_frames=False, return_tensors="pt")["video_grid_thw"]
+    assert [list(plan.grid_thw)] == expected.tolist()
+    last = num_frames - 1
+    assert [index for group in plan.groups for index in group] == [min(i, last) for i in range(2 * len(plan.groups))]
+
+
 def test_bounds_of_pixels_that_contradict_each_other_are_refused() -> None:
     for bounds in ({"min_pixels": 10**7}, {"max_pixels": 10}, {"min_pixels": 0}, {"total_pixels": 0}):
         with pytest.raises(ValueError, match="pixels"):
