@@ -76,9 +76,12 @@ class ServerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class VideoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Bounds of one clip, beside those of its bytes, which are a body's and a fetch's."""
+    """Bounds of one clip, and of how many a request may hold."""
 
     reader: VideoReaderChoice = "auto"  # auto: decord, and PyAV where it fails or is not installed
+    limit_videos: int = 16  # per request
+    max_mib: int = 256  # encoded
+    fetch_timeout_s: float = 30.0
     max_duration_s: float = 3600.0
     max_frames: int = 768  # to look at
     max_file_frames: int = 500_000  # to choose from

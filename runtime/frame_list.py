@@ -15,10 +15,14 @@ def pack_frames(pictures: Sequence[bytes]) -> bytes:
     return b"".join((MARK, _COUNT.pack(len(pictures)), lengths, *pictures))
 
 
+def is_frame_list(encoded: bytes) -> bool:
+    return encoded.startswith(MARK)
+
+
 def unpack_frames(encoded: bytes) -> list[memoryview]:
     """The pictures, in place.  Raises: ValueError if these are not such bytes."""
     try:
-        if not encoded.startswith(MARK):
+        if not is_frame_list(encoded):
             raise ValueError("no frame list: it does not begin as one")
         (count,) = _COUNT.unpack_from(encoded, len(MARK))
         begin = len(MARK) + _COUNT.size

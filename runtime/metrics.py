@@ -67,6 +67,8 @@ METRICS: Mapping[str, Metric] = {
     "encode_seconds": Metric("histogram", "One forward of the vision tower.", SECONDS),
     "images_decoded_total": Metric("counter", "Images decoded and resized."),
     "decode_image_seconds": Metric("histogram", "Decoding and resizing one image.", SECONDS),
+    "videos_total": Metric("counter", "Clips in the prompts of requests."),
+    "video_probes_total": Metric("counter", "Clips that a media worker was asked about, as none knew them."),
     "frames_decoded_total": Metric("counter", "Frames of clips decoded and resized, by the library that read them."),
     "decode_frames_seconds": Metric("histogram", "Decoding and resizing one temporal group of a clip.", SECONDS),
     "pixel_arena_bytes": Metric("gauge", "Bytes of the pixel arena in use."),

@@ -164,6 +164,8 @@ def add_engine(parser: argparse.ArgumentParser, preset: str = "interactive") -> 
     )
     limits.add_argument("--limit-images", type=positive_int, default=64, metavar="N", help="images of one request")
     limits.add_argument("--max-pixels", type=positive_int, default=100_000_000, metavar="N", help="of one sent image")
+    limits.add_argument("--limit-videos", type=positive_int, default=16, metavar="N", help="videos of one request")
+    limits.add_argument("--max-video-mib", type=positive_int, default=256, metavar="MIB", help="of one sent video")
     limits.add_argument("--max-video-s", type=positive_float, default=3600.0, metavar="S", help="of one video")
     limits.add_argument(
         "--max-video-frames", type=positive_int, default=768, metavar="N", help="that are looked at, of one video"
@@ -175,9 +177,9 @@ def add_engine(parser: argparse.ArgumentParser, preset: str = "interactive") -> 
         nargs="+",
         default=[],
         metavar="HOST",
-        help="hosts, IPs, CIDRs or * that images may be fetched from, each with an optional :port; none: no fetching",
+        help="hosts, IPs, CIDRs or * that media may be fetched from, each with an optional :port; none: no fetching",
     )
-    media.add_argument("--allowed-media-root", metavar="DIR", help="file:// images may lie below this directory")
+    media.add_argument("--allowed-media-root", metavar="DIR", help="file:// media may lie below this directory")
 
     running = parser.add_argument_group("running")
     running.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="warning")

@@ -100,6 +100,8 @@ def build_config(arguments: argparse.Namespace) -> tuple[Config, ModelConfig]:
         server=server_options(arguments),
         video=VideoOptions(
             reader=arguments.video_reader,
+            limit_videos=arguments.limit_videos,
+            max_mib=arguments.max_video_mib,
             max_duration_s=arguments.max_video_s,
             max_frames=arguments.max_video_frames,
         ),

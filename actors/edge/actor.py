@@ -14,6 +14,7 @@ from vlmrt.actors.edge.app import MAX_LINE_BYTES, AppCollaborators, build_app
 from vlmrt.actors.edge.bad_http import EdgeRunner
 from vlmrt.actors.edge.chat import ChatEndpoint
 from vlmrt.actors.edge.chat_prompt import ChatPrompts
+from vlmrt.actors.edge.clip_prober import ClipProber
 from vlmrt.actors.edge.completions import CompletionEndpoint
 from vlmrt.actors.edge.detokenizer import Vocabulary
 from vlmrt.actors.edge.fetch import MediaFetcher, Resolve
@@ -21,6 +22,7 @@ from vlmrt.actors.edge.generation import Generator
 from vlmrt.actors.edge.grammar import GrammarChecker, load_grammar_tokenizer
 from vlmrt.actors.edge.health import Health
 from vlmrt.actors.edge.identify import ImageIdentifier
+from vlmrt.actors.edge.identify_clip import ClipIdentifier
 from vlmrt.actors.edge.open_requests import MediaBudget
 from vlmrt.actors.edge.prompt import PromptBuilder, load_prompt_builder
 from vlmrt.actors.edge.responder import Responder
@@ -30,8 +32,19 @@ from vlmrt.actors.edge.scheduler_link import SchedulerLink, unavailable
 from vlmrt.actors.edge.served_model import ServedModel, system_fingerprint
 from vlmrt.actors.edge.tokenization import TokenizationEndpoint
 from vlmrt.actors.edge.tools import CALL_BEGIN, CALL_END, call_tags
-from vlmrt.actors.models.config import CheckpointError, GenerationDefaults, ImageProcessing, ModelConfig
-from vlmrt.actors.models.registry import load_generation_defaults, load_image_processing, load_model_config
+from vlmrt.actors.models.config import (
+    CheckpointError,
+    GenerationDefaults,
+    ImageProcessing,
+    ModelConfig,
+    VideoProcessing,
+)
+from vlmrt.actors.models.registry import (
+    load_generation_defaults,
+    load_image_processing,
+    load_model_config,
+    load_video_processing,
+)
 from vlmrt.runtime.actor import ActorContext
 from vlmrt.runtime.errors import StartupError
 from vlmrt.runtime.messages import (
@@ -41,11 +54,13 @@ from vlmrt.runtime.messages import (
     EdgeReady,
     PeerDown,
     PeerUp,
+    Probed,
     ServiceStatus,
 )
 
 NUM_THREADS = 2  # hashing, tokenizing long prompts, base64
 BACKLOG = 1024
+PROBE_PATIENCE = 2  # times what a media worker may take for a clip: others may be before it
 WRITE_TIMEOUT_S = 30.0  # a client that lets one write wait this long is cut
 CLOSE_S = 1.0  # for answers that are being written when everything else has ended
 
@@ -60,6 +75,8 @@ class EdgeActor:
         self._resolve = resolve
         self._write_timeout_s = write_timeout_s
         self._link = SchedulerLink(context.outbox)
+        probe_timeout_s = PROBE_PATIENCE * context.config.video.group_timeout_s
+        self._prober = ClipProber(context.outbox, context.metrics, probe_timeout_s)
         self._health = Health(context.config.supervision.heartbeat_timeout_s)
         self._budget = MediaBudget(context.config.server.max_media_mib << 20)
         self._executor = ThreadPoolExecutor(NUM_THREADS, "edge")
@@ -75,7 +92,7 @@ class EdgeActor:
 
     @property
     def media_bytes_in_flight(self) -> int:
-        """Bytes of bodies and encoded pictures that open requests hold."""
+        """Bytes of bodies and encoded media that open requests hold."""
         return self._budget.used_bytes
 
     @property
@@ -116,16 +133,22 @@ class EdgeActor:
         try:
             model = load_model_config(directory)
             processing = load_image_processing(directory)
+            video = load_video_processing(directory)
             generation = load_generation_defaults(directory)
         except CheckpointError as error:
             raise StartupError(str(error)) from None
         if config.model.generation_config == "none":
             generation = GenerationDefaults()
         prompts = load_prompt_builder(directory, model, config.model.max_model_len, config.model.chat_template)
-        return self._collaborators(model, processing, generation, prompts)
+        return self._collaborators(model, processing, video, generation, prompts)
 
     def _collaborators(
-        self, model: ModelConfig, processing: ImageProcessing, generation: GenerationDefaults, prompts: PromptBuilder
+        self,
+        model: ModelConfig,
+        processing: ImageProcessing,
+        video: VideoProcessing,
+        generation: GenerationDefaults,
+        prompts: PromptBuilder,
     ) -> AppCollaborators:
         config, metrics, executor = self._context.config, self._context.metrics, self._executor
         vocabulary = Vocabulary(prompts.tokenizer, always_shown=(CALL_BEGIN, CALL_END))
@@ -136,10 +159,17 @@ class EdgeActor:
         forms = AnswerForms(checker, call_tags(prompts.tokenizer))
         generator = Generator(self._link, vocabulary, config.scheduling, metrics)
         responder = Responder(config.server, self._link, self._budget, generator, metrics, self._write_timeout_s)
-        fetcher = MediaFetcher(config.server, executor, self._resolve)
         identity = f"{config.model.directory}@{config.model.revision}"
-        identifier = ImageIdentifier(processing, identity, config.server.max_pixels)
-        chat_prompts = ChatPrompts(fetcher, identifier, prompts, executor, config.server.limit_images)
+        chat_prompts = ChatPrompts(
+            MediaFetcher(config.server, executor, self._resolve, video=config.video),
+            ImageIdentifier(processing, identity, config.server.max_pixels),
+            ClipIdentifier(video, processing, model.vision.tokens_per_second, identity, config.video, self._prober),
+            prompts,
+            executor,
+            metrics,
+            limit_images=config.server.limit_images,
+            limit_videos=config.video.limit_videos,
+        )
         sampling = SamplingDefaults(generation, eos_token_ids, model.text.vocab_size)
         served = ServedModel(
             names=config.model.served_names,
@@ -164,9 +194,11 @@ class EdgeActor:
 
     async def peer_up(self, peer: PeerUp) -> None:
         self._link.peer_up(peer)
+        self._prober.peer_up(peer)
 
     async def peer_down(self, peer: PeerDown) -> None:
         self._link.peer_down(peer)
+        self._prober.peer_down(peer)
 
     async def status(self, status: ServiceStatus) -> None:
         self._health.update(status)
@@ -174,7 +206,11 @@ class EdgeActor:
         self._link.retry_unsent()
 
     async def handle(self, message: EdgeInbox, sender: ActorName) -> None:
-        self._link.handle(message)
+        match message:
+            case Probed():
+                self._prober.take(message)
+            case _:
+                self._link.handle(message)
 
     async def stop(self, grace_s: float) -> None:
         """Refuse what is new; let open requests finish for grace_s, then end them with an error."""

@@ -64,7 +64,7 @@ class ChatEndpoint:
         """What the scheduler is to run for a request that check_chat_request has passed.
 
         Args: body_bytes: of the lease, what is given back once the body is not needed any more.
-        Raises: RequestError 400 or 404, and those of fetching pictures.
+        Raises: RequestError 400 or 404, and those of fetching media.
         """
         self._model.check(chat.model)
         max_model_len = self._model.max_model_len
@@ -81,7 +81,7 @@ class ChatEndpoint:
             prompt=built.prompt,
             rule=rule(len(built.prompt.token_ids)),
             num_choices=chat.n or 1,
-            images=built.images,
+            media=built.media,
             cache_salt=chat.cache_salt or "",
             priority=chat.priority or 0,
             lookup_id=lookup.lookup_id,

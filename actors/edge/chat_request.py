@@ -1,53 +1,35 @@
-"""The chat completion request: its Structs, and every check that needs neither tokenizer nor picture."""
+"""The chat completion request: its Structs, and every check that needs neither tokenizer nor media."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Raw, Struct
 
 from vlmrt.actors.edge.chat_template import RESERVED_NAMES, TemplateOptions
-from vlmrt.actors.edge.refusals import NULL, refuse, short
-from vlmrt.actors.edge.request_fields import PRINTABLE, SamplingFields, check_sampling, parse_body
+from vlmrt.actors.edge.media_parts import (
+    ContentPart,
+    MediaDefaults,
+    MediaSource,
+    ProcessorOptions,
+    check_part,
+    is_image,
+    is_video,
+    media_defaults,
+    part_sources,
+)
+from vlmrt.actors.edge.refusals import NULL, refuse
+from vlmrt.actors.edge.request_fields import SamplingFields, check_sampling, parse_body
 from vlmrt.actors.edge.tool_prompt import template_calls
 from vlmrt.actors.edge.tools import MAX_CALLS, KnownTool, MadeCall, Tool, ToolChoice, ToolUse, tool_use
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 4096  # of one message
-MAX_UUID_CHARS = 128
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
-Pixels = Annotated[int, Meta(ge=1, le=2**31 - 1)]
-
-
-class ImageUrl(Struct, frozen=True, gc=False):
-    url: str | None = None
-    detail: Literal["auto", "low", "high"] | None = None
-    min_pixels: Pixels | None = None
-    max_pixels: Pixels | None = None
-
-
-class ContentPart(Struct, frozen=True, gc=False):
-    """One part of a message; `type` says which of the other fields counts."""
-
-    type: str
-    text: str | None = None
-    refusal: str | None = None
-    image_url: ImageUrl | str | None = None
-    image: str | None = None
-    min_pixels: Pixels | None = None  # of a picture after resizing, here or in image_url
-    max_pixels: Pixels | None = None
-    uuid: str | None = None  # the client's name for a picture: where the server knows it, the bytes may be left out
-
-    @property
-    def url(self) -> str | None:
-        """Of a picture, as it stands; None or empty: the part has no bytes."""
-        if isinstance(self.image_url, ImageUrl):
-            return self.image_url.url
-        return self.image_url if self.image_url is not None else self.image
 
 
 class ChatMessage(Struct, frozen=True):
@@ -56,34 +38,6 @@ class ChatMessage(Struct, frozen=True):
     name: str | None = None
     tool_calls: list[MadeCall] | None = None  # of the assistant
     tool_call_id: str | None = None
-
-
-class PixelSize(Struct, frozen=True, forbid_unknown_fields=True):
-    """The same limits by the names that newer processors have for them."""
-
-    shortest_edge: Pixels | None = None
-    longest_edge: Pixels | None = None
-
-
-class PixelLimits(Struct, frozen=True):
-    """What a client asks of a picture's size after resizing; None: the server's own limits."""
-
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-    low_detail: bool = False
-
-
-class ProcessorOptions(Struct, frozen=True, forbid_unknown_fields=True):
-    """mm_processor_kwargs: for every picture that has no limits of its own."""
-
-    min_pixels: Pixels | None = None
-    max_pixels: Pixels | None = None
-    size: PixelSize | None = None
-
-    @property
-    def limits(self) -> PixelLimits:
-        size = self.size or PixelSize()
-        return PixelLimits(self.min_pixels or size.shortest_edge, self.max_pixels or size.longest_edge)
 
 
 class ChatRequest(SamplingFields, frozen=True, kw_only=True):
@@ -142,17 +96,8 @@ class Conversation(Struct, frozen=True):
 
     messages: list[ChatMessage]
     options: TemplateOptions
-    limits: PixelLimits
+    defaults: MediaDefaults
     cache_salt: str
-
-
-class ImageSource(Struct, frozen=True):
-    """Where a picture of the prompt comes from, and the field that says so."""
-
-    url: str  # empty: from what the server knows under its uuid
-    param: str
-    limits: PixelLimits = PixelLimits()
-    uuid: str = ""
 
 
 _decoder = msgspec.json.Decoder(ChatRequest)
@@ -197,15 +142,14 @@ def make_conversation(
     refuse(both, "continue_final_message", " and add_generation_prompt cannot both be true")
     for name in sorted(RESERVED_NAMES & (template_variables or {}).keys()):
         refuse(True, "chat_template_kwargs", f" may not hold {name}: the server sets it")
-    limits = processor.limits if processor is not None else PixelLimits()
-    _check_limits(limits, "mm_processor_kwargs")
+    defaults = media_defaults(processor)
     options = TemplateOptions(
         add_generation_prompt=add_generation_prompt is not False,
         continue_final_message=bool(continue_final_message),
         tools=[tool.definition() for tool in tools] or None,
         variables=template_variables or {},
     )
-    return Conversation(messages, options, limits, cache_salt or "")
+    return Conversation(messages, options, defaults, cache_salt or "")
 
 
 def _check_message(message: ChatMessage, param: str) -> None:
@@ -221,72 +165,21 @@ def _check_message(message: ChatMessage, param: str) -> None:
         count = len(message.content)
         refuse(count > MAX_PARTS, f"{param}.content", f" has {count} parts, more than {MAX_PARTS}")
         for index, part in enumerate(message.content):
-            _check_part(part, f"{param}.content[{index}]")
+            check_part(part, f"{param}.content[{index}]")
 
 
-def _check_part(part: ContentPart, param: str) -> None:
-    match part.type:
-        case "text":
-            refuse(part.text is None, f"{param}.text", " is required", "missing_field")
-        case "refusal":
-            refuse(part.refusal is None, f"{param}.refusal", " is required", "missing_field")
-        case "image_url" | "image":
-            _check_uuid(part.uuid, f"{param}.uuid")
-            _check_limits(_part_limits(part), param)
-            if part.uuid is None:
-                absent = part.image_url is None and (part.type == "image_url" or part.image is None)
-                refuse(absent, f"{param}.{part.type}", " is required", "missing_field")
-                refuse(part.url is None, f"{param}.image_url.url", " is required", "missing_field")
-        case "video_url" | "video":
-            refuse(True, f"{param}.type", ": video is not supported yet", "unsupported_part")
-        case _:
-            problem = f" = {short(part.type)!r} is not supported (supported: text, image_url, image)"
-            refuse(True, f"{param}.type", problem, "unsupported_part")
-
-
-def _check_limits(limits: PixelLimits, param: str) -> None:
-    low, high = limits.min_pixels or 1, limits.max_pixels
-    refuse(high is not None and low > high, f"{param}.min_pixels", f" = {low} is above max_pixels = {high}")
-
-
-def _check_uuid(uuid: str | None, param: str) -> None:
-    if uuid is not None:
-        refuse(not uuid, param, " is empty: it needs at least 1 character")
-        refuse(len(uuid) > MAX_UUID_CHARS, param, f" has {len(uuid)} characters, more than {MAX_UUID_CHARS}")
-        refuse(not PRINTABLE.fullmatch(uuid), param, " may hold printable ASCII without spaces only")
-
-
-def image_sources(messages: Sequence[ChatMessage], limits: PixelLimits) -> list[ImageSource]:
-    """The pictures of a conversation, in prompt order; the limits are for those that have none."""
-    sources = []
-    for m, message in enumerate(messages):
-        for p, part in enumerate(message.content if isinstance(message.content, list) else ()):
-            if part.type in ("image_url", "image"):
-                sources.append(_image_source(part, f"messages[{m}].content[{p}]", limits))
+def media_sources(messages: Sequence[ChatMessage], defaults: MediaDefaults) -> list[MediaSource]:
+    """The pictures and videos of a conversation, in prompt order."""
+    sources: list[MediaSource] = []
+    for index, message in enumerate(messages):
+        if isinstance(message.content, list):
+            sources += part_sources(message.content, f"messages[{index}].content", defaults)
     return sources
 
 
-def _image_source(part: ContentPart, param: str, limits: PixelLimits) -> ImageSource:
-    uuid, low = part.uuid or "", False
-    if uuid and not part.url:
-        return ImageSource("", f"{param}.uuid", uuid=uuid)
-    if isinstance(part.image_url, ImageUrl):
-        param, low = f"{param}.image_url.url", part.image_url.detail == "low"
-    else:
-        param = f"{param}.image" if part.image_url is None else f"{param}.image_url"
-    asked = _part_limits(part)
-    limits = PixelLimits(asked.min_pixels or limits.min_pixels, asked.max_pixels or limits.max_pixels, low)
-    return ImageSource(cast(str, part.url), param, limits, uuid)
-
-
-def _part_limits(part: ContentPart) -> PixelLimits:
-    """Those within image_url win."""
-    inner = part.image_url if isinstance(part.image_url, ImageUrl) else ImageUrl()
-    return PixelLimits(inner.min_pixels or part.min_pixels, inner.max_pixels or part.max_pixels)
-
-
 def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Messages as a chat template reads them: developer is system, a picture is {"type": "image"}.
+    """Messages as a chat template reads them: developer is system, a picture is {"type": "image"}
+    and a video {"type": "video"}.
 
     Raises: RequestError 400 where a call's arguments are no object.
     """
@@ -309,6 +202,8 @@ def _template_message(message: ChatMessage, param: str) -> dict[str, Any]:
 
 
 def _template_part(part: ContentPart) -> dict[str, str]:
-    if part.type in ("image_url", "image"):
+    if is_image(part):
         return {"type": "image"}
+    if is_video(part):
+        return {"type": "video"}
     return {"type": "text", "text": (part.text if part.type == "text" else part.refusal) or ""}

@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from vlmrt.actors.edge.choice import Choice, ChoiceRule, Piece
 from vlmrt.actors.edge.detokenizer import Vocabulary
-from vlmrt.actors.edge.identify import IdentifiedImage
+from vlmrt.actors.edge.identify import SentMedium
 from vlmrt.actors.edge.open_requests import RETRY_AFTER_S, OpenRequest
 from vlmrt.actors.edge.prompt import Prompt
 from vlmrt.actors.edge.responses import ChatUsage, chat_usage
@@ -29,7 +29,7 @@ class Generation(Struct, frozen=True):
     prompt: Prompt
     rule: ChoiceRule  # its sampling is that of the first choice; the others' seeds follow
     num_choices: int = 1
-    images: tuple[IdentifiedImage, ...] = ()
+    media: tuple[SentMedium, ...] = ()
     cache_salt: str = ""
     priority: int = 0
     lookup_id: int = 0
@@ -125,7 +125,11 @@ class Answer:
             num_cached_tokens=sum(first.num_cached_tokens for first in self._firsts),
             num_output_tokens=sum(run.choice.num_tokens for run in self._runs),
         )
-        return chat_usage(total, sum(prompt.num_image_tokens for prompt in prompts))
+        return chat_usage(
+            total,
+            num_image_tokens=sum(prompt.num_image_tokens for prompt in prompts),
+            num_video_tokens=sum(prompt.num_video_tokens for prompt in prompts),
+        )
 
     def elapsed_ms(self) -> int:
         """Since the request arrived."""
@@ -176,7 +180,7 @@ class Answer:
             priority=generation.priority,
             lookup_id=generation.lookup_id if is_last else 0,  # until then, what was looked up stays
         )
-        opened = self._link.submit(submit, generation.images, self._news, begun=number > 0)
+        opened = self._link.submit(submit, generation.media, self._news, begun=number > 0)
         request = self._requests.enter_context(opened)
         run = _Run(generation, Choice(index, generation.rule, self._vocabulary), request)
         if not number:

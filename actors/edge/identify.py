@@ -11,12 +11,12 @@ from math import prod
 import msgspec
 from msgspec import Struct
 
-from vlmrt.actors.edge.chat_request import PixelLimits
 from vlmrt.actors.edge.image_header import ImageHeader, NotAnImage, read_image_header
+from vlmrt.actors.edge.media_parts import PixelLimits
 from vlmrt.actors.models.config import ImageProcessing
 from vlmrt.actors.models.qwen2_vl.processing import image_grid_thw, num_image_tokens, resized_size
 from vlmrt.runtime.errors import RequestError
-from vlmrt.runtime.messages import MmHash
+from vlmrt.runtime.messages import FrameGroup, MmHash
 
 LARGE_BYTES = 64 << 10  # hashed off the event loop from here on (about 0.1 ms)
 DIGEST_BYTES = 32
@@ -47,13 +47,30 @@ class NamedImage(Struct, frozen=True):
     num_tokens: int
 
 
+class IdentifiedClip(Struct, frozen=True):
+    """One video of a prompt: its groups, their tokens, and how a media worker is to decode them."""
+
+    encoded: bytes
+    size: tuple[int, int]  # width, height as shown
+    target_size: tuple[int, int]
+    groups: tuple[FrameGroup, ...]  # in the order in which the clip shows them
+    grid_thw: tuple[int, int, int]  # of a group
+    num_group_tokens: int
+    time_offsets: tuple[int, ...]  # of each group
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.groups) * self.num_group_tokens
+
+
 class _Options(Struct, frozen=True):
     processing: ImageProcessing
     key: bytes  # of the model and the options
     has_minimum: bool  # of the client, above the server's
 
 
-PromptImage = IdentifiedImage | NamedImage
+SentMedium = IdentifiedImage | IdentifiedClip  # of which there are bytes
+PromptMedium = SentMedium | NamedImage
 
 
 class ImageIdentifier:

@@ -1,4 +1,4 @@
-"""The requests this edge has open at the scheduler, and the memory their pictures may take."""
+"""The requests this edge has open at the scheduler, and the memory their media may take."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import asyncio
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from vlmrt.actors.edge.identify import IdentifiedImage
+from msgspec import Struct
+
+from vlmrt.actors.edge.identify import IdentifiedClip, IdentifiedImage, SentMedium
 from vlmrt.runtime.errors import RequestError
-from vlmrt.runtime.messages import Epoch, MmHash, RequestId, TokenOutput
+from vlmrt.runtime.messages import Epoch, FrameGroup, MmHash, RequestId, TokenOutput
 
 MAX_QUEUED_TOKENS = 65536  # of one request whose client does not read
 RETRY_AFTER_S = 1
 
 
 class MediaBudget:
-    """Bytes of bodies and encoded pictures that open requests may hold together."""
+    """Bytes of bodies and encoded media that open requests may hold together."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -43,13 +45,13 @@ class MediaLease:
         budget = self._budget
         if self.held_bytes + num_bytes > budget.max_bytes:
             raise RequestError(
-                f"the request's pictures take {self.held_bytes + num_bytes} bytes, more than {budget.max_bytes}",
+                f"the request's media take {self.held_bytes + num_bytes} bytes, more than {budget.max_bytes}",
                 status=413,
                 code="media_too_large",
             )
         if budget.used_bytes + num_bytes > budget.max_bytes:
             raise RequestError(
-                "the pictures of the open requests fill the memory set aside for them; try again",
+                "the media of the open requests fill the memory set aside for them; try again",
                 status=429,
                 code="media_budget_exhausted",
                 retry_after_s=RETRY_AFTER_S,
@@ -62,18 +64,23 @@ class MediaLease:
         self.held_bytes -= num_bytes
 
 
+class ClipGroup(Struct, frozen=True):
+    """One temporal group of a clip, which may be asked for by itself."""
+
+    clip: IdentifiedClip
+    group: FrameGroup
+
+
 class OpenRequest:
-    """One request between its Submit and its end: outputs that wait for the client, pictures that may be asked for.
+    """One request between its Submit and its end: outputs that wait for the client, media that may be asked for.
 
     Args: news is set whenever there is something to take; several requests may share it.
     """
 
-    def __init__(
-        self, request_id: RequestId, epoch: Epoch, images: Iterable[IdentifiedImage], news: asyncio.Event
-    ) -> None:
+    def __init__(self, request_id: RequestId, epoch: Epoch, media: Iterable[SentMedium], news: asyncio.Event) -> None:
         self.request_id = request_id
         self.epoch = epoch  # of the scheduler that has it
-        self.images: dict[MmHash, IdentifiedImage] = {image.mm_hash: image for image in images}
+        self.media = _by_hash(media)
         self.ended = False  # by the scheduler, by an Abort, or because the scheduler died: no Abort is due
         self.error: RequestError | None = None
         self._news = news
@@ -113,3 +120,13 @@ class OpenRequest:
         taken, self._outputs = self._outputs, []
         self._num_queued_tokens = 0
         return taken
+
+
+def _by_hash(media: Iterable[SentMedium]) -> dict[MmHash, IdentifiedImage | ClipGroup]:
+    found: dict[MmHash, IdentifiedImage | ClipGroup] = {}
+    for medium in media:
+        if isinstance(medium, IdentifiedImage):
+            found[medium.mm_hash] = medium
+        else:
+            found.update((group.mm_hash, ClipGroup(medium, group)) for group in medium.groups)
+    return found

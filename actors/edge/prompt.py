@@ -1,4 +1,4 @@
-"""Messages -> token ids with every picture's placeholder expanded to as many tokens as the picture has rows."""
+"""Messages -> token ids with every medium's placeholder expanded to as many tokens as the medium has rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from msgspec import Struct
 from tokenizers import Tokenizer
 
 from vlmrt.actors.edge.chat_template import ChatTemplate, TemplateOptions, load_chat_template
-from vlmrt.actors.edge.identify import IdentifiedImage, PromptImage
+from vlmrt.actors.edge.identify import IdentifiedClip, IdentifiedImage, PromptMedium
 from vlmrt.actors.models.config import ModelConfig
 from vlmrt.actors.models.rope_index import MediaSpan, rope_delta
 from vlmrt.runtime.errors import RequestError, StartupError
@@ -29,10 +29,8 @@ class Prompt(Struct, frozen=True):
     token_ids: tuple[int, ...]
     media: tuple[MediaItem, ...]
     rope_delta: int
-
-    @property
-    def num_image_tokens(self) -> int:
-        return sum(item.num_tokens for item in self.media)
+    num_image_tokens: int = 0
+    num_video_tokens: int = 0
 
 
 class PromptBuilder:
@@ -128,20 +126,23 @@ class PromptBuilder:
             raise RequestError("messages hold the name of a control token", param="messages", code="control_token")
         return ids
 
-    def check(self, token_ids: Sequence[int], num_images: int, known: Sequence[PromptImage]) -> None:
-        """Refuse now what no finding about the pictures that are not known yet could make right.
+    def check(self, token_ids: Sequence[int], are_videos: Sequence[bool], known: Sequence[PromptMedium]) -> None:
+        """Refuse now what no finding about the media that are not known yet could make right.
 
+        Args: are_videos: of every medium in the prompt, else it is a picture.
         Raises: RequestError 400, as `expand` does.
         """
-        self._places(token_ids, num_images)
+        self._places(token_ids, are_videos)
         self._check_length(len(token_ids), known)
 
-    def _places(self, token_ids: Sequence[int], num_images: int) -> list[int]:
-        image_token_id = self._model.image_token_id
-        places = [index for index, token_id in enumerate(token_ids) if token_id == image_token_id]
-        if len(places) != num_images:
+    def _places(self, token_ids: Sequence[int], are_videos: Sequence[bool]) -> list[int]:
+        image, video = self._model.image_token_id, self._model.video_token_id
+        places = [index for index, token_id in enumerate(token_ids) if token_id in (image, video)]
+        if [token_ids[place] == video for place in places] != list(are_videos):
+            made = sum(token_ids[place] == video for place in places)
             raise RequestError(
-                f"the model's chat template made {len(places)} placeholders for {num_images} images",
+                f"the model's chat template made placeholders for {_counted(len(places) - made, made)} where the "
+                f"messages hold {_counted(are_videos.count(False), are_videos.count(True))}",
                 param="messages",
                 code="placeholder_mismatch",
             )
@@ -160,43 +161,78 @@ class PromptBuilder:
         self._check_length(len(token_ids), (), param)
         return Prompt(tuple(token_ids), (), 0)
 
-    def expand(self, token_ids: Sequence[int], images: Sequence[PromptImage], *, bounded: bool = True) -> Prompt:
-        """Replace the n-th placeholder by the n-th picture's tokens; linear in the length of the result.
+    def expand(self, token_ids: Sequence[int], media: Sequence[PromptMedium], *, bounded: bool = True) -> Prompt:
+        """Replace the n-th placeholder by the n-th medium's tokens; linear in the length of the result.
 
         Args: bounded: refuse what the context does not hold.
         """
-        image_token_id = self._model.image_token_id
-        places = self._places(token_ids, len(images))
+        places = self._places(token_ids, [isinstance(medium, IdentifiedClip) for medium in media])
         if bounded:
-            self._check_length(len(token_ids), images)
+            self._check_length(len(token_ids), media)
         expanded: list[int] = []
-        media = []
+        items: list[MediaItem] = []
         done = 0
-        for place, image in zip(places, images, strict=True):
+        for place, medium in zip(places, media, strict=True):
             expanded += token_ids[done:place]
-            has_bytes = isinstance(image, IdentifiedImage)
-            media.append(
-                MediaItem(image.mm_hash, len(expanded), image.num_tokens, image.grid_thw, image.uuid, has_bytes)
-            )
-            expanded += [image_token_id] * image.num_tokens
+            items += _items(medium, len(expanded))
+            expanded += [token_ids[place]] * medium.num_tokens
             done = place + 1
         expanded += token_ids[done:]
-        spans = [MediaSpan(item.start, item.num_tokens, item.grid_thw) for item in media]
-        delta = rope_delta(len(expanded), spans, self._model.vision.spatial_merge_size)
-        return Prompt(tuple(expanded), tuple(media), delta)
+        spans = [
+            MediaSpan(item.start, item.num_tokens, item.grid_thw, item.time_offset, item.continues) for item in items
+        ]
+        num_image_tokens, num_video_tokens = _num_tokens(media)
+        return Prompt(
+            tuple(expanded),
+            tuple(items),
+            rope_delta(len(expanded), spans, self._model.vision.spatial_merge_size),
+            num_image_tokens,
+            num_video_tokens,
+        )
 
-    def _check_length(self, num_tokens: int, images: Sequence[PromptImage], param: str = "messages") -> None:
-        num_image_tokens = sum(image.num_tokens for image in images)
-        total = num_tokens - len(images) + num_image_tokens
+    def _check_length(self, num_tokens: int, media: Sequence[PromptMedium], param: str = "messages") -> None:
+        num_media_tokens = sum(_num_tokens(media))
+        total = num_tokens - len(media) + num_media_tokens
         if total + 1 > self._max_model_len:
+            num_clips = sum(isinstance(medium, IdentifiedClip) for medium in media)
             raise RequestError(
-                f"the prompt has {total} tokens, {num_image_tokens} of them for {len(images)} images; with at least "
-                f"one token of answer it must fit the context of {self._max_model_len} tokens",
+                f"the prompt has {total} tokens, {num_media_tokens} of them for "
+                f"{_counted(len(media) - num_clips, num_clips)}; with at least one token of answer it must fit the "
+                f"context of {self._max_model_len} tokens",
                 param=param,
                 code="context_length_exceeded",
             )
         if total == 0:
             raise RequestError("the prompt is empty", param=param, code="empty_prompt")
+
+
+def _items(medium: PromptMedium, start: int) -> list[MediaItem]:
+    """A picture is one item, a clip one for each of its groups."""
+    if isinstance(medium, IdentifiedClip):
+        length = medium.num_group_tokens
+        return [
+            MediaItem(
+                group.mm_hash,
+                start + index * length,
+                length,
+                medium.grid_thw,
+                time_offset=medium.time_offsets[index],
+                continues=index > 0,
+            )
+            for index, group in enumerate(medium.groups)
+        ]
+    has_bytes = isinstance(medium, IdentifiedImage)
+    return [MediaItem(medium.mm_hash, start, medium.num_tokens, medium.grid_thw, medium.uuid, has_bytes)]
+
+
+def _num_tokens(media: Sequence[PromptMedium]) -> tuple[int, int]:
+    """Of pictures, of videos."""
+    num_video_tokens = sum(medium.num_tokens for medium in media if isinstance(medium, IdentifiedClip))
+    return sum(medium.num_tokens for medium in media) - num_video_tokens, num_video_tokens
+
+
+def _counted(num_images: int, num_videos: int) -> str:
+    return f"{num_images} images" if not num_videos else f"{num_images} images and {num_videos} videos"
 
 
 def _risky_pattern(names: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from vlmrt.runtime.messages import Usage
 class PromptTokensDetails(Struct, frozen=True):
     cached_tokens: int
     image_tokens: int
+    video_tokens: int
     text_tokens: int
 
 
@@ -84,7 +85,7 @@ class ChatCompletion(Struct, frozen=True, kw_only=True):
     system_fingerprint: str
     choices: tuple[Choice, ...]
     usage: ChatUsage
-    prompt_token_ids: tuple[int, ...] | UnsetType = UNSET  # with return_token_ids; image placeholders expanded
+    prompt_token_ids: tuple[int, ...] | UnsetType = UNSET  # with return_token_ids; media placeholders expanded
 
 
 class LegacyLogprobs(Struct, frozen=True):
@@ -141,10 +142,11 @@ class ErrorBody(Struct, frozen=True):
 encode_json = msgspec.json.Encoder().encode
 
 
-def chat_usage(usage: Usage, num_image_tokens: int) -> ChatUsage:
+def chat_usage(usage: Usage, *, num_image_tokens: int, num_video_tokens: int) -> ChatUsage:
     """Token counts as OpenAI names them."""
     prompt, output = usage.num_prompt_tokens, usage.num_output_tokens
-    details = PromptTokensDetails(usage.num_cached_tokens, num_image_tokens, prompt - num_image_tokens)
+    num_text_tokens = prompt - num_image_tokens - num_video_tokens
+    details = PromptTokensDetails(usage.num_cached_tokens, num_image_tokens, num_video_tokens, num_text_tokens)
     return ChatUsage(prompt, output, prompt + output, details)
 
 

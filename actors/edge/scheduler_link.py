@@ -1,4 +1,4 @@
-"""The edge's side of the scheduler: submits requests, passes outputs on, hands out pictures, aborts."""
+"""The edge's side of the scheduler: submits requests, passes outputs on, hands out media, aborts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import assert_never
 
-from vlmrt.actors.edge.identify import IdentifiedImage
+from msgspec import Struct
+
+from vlmrt.actors.edge.identify import IdentifiedClip, IdentifiedImage, SentMedium
 from vlmrt.actors.edge.open_requests import RETRY_AFTER_S, OpenRequest
 from vlmrt.runtime.actor import Outbox
 from vlmrt.runtime.errors import ChannelFull, RequestError
@@ -18,19 +20,20 @@ from vlmrt.runtime.messages import (
     CacheKind,
     CacheReset,
     Decode,
-    EdgeInbox,
+    DecodeFrames,
     Epoch,
     ForgetLookUp,
+    FrameGroup,
     KnownMedia,
     LookUpMedia,
     MediaFound,
     MediaReady,
     MediaUnsent,
     Message,
+    MmHash,
     NeedMedia,
     PeerDown,
     PeerUp,
-    Probed,
     RequestId,
     ResetCache,
     SchedulerReady,
@@ -39,10 +42,22 @@ from vlmrt.runtime.messages import (
 )
 
 MEDIA_RETRY_S = 0.05  # a full media worker is reported to the scheduler after this long
+GATHER_S = 0.002  # for more groups of a clip: the scheduler asks for all it wants in one turn
 MAX_UNSENT = 65536
 RESET_TIMEOUT_S = 10.0
 
+SchedulerMessage = NeedMedia | MediaFound | CacheReset | TokenBatch
+
 logger = logging.getLogger(__name__)
+
+
+class _Wanted(Struct, frozen=True):
+    """Groups of one clip for one media worker."""
+
+    request: OpenRequest
+    need: NeedMedia  # the first of them
+    clip: IdentifiedClip
+    groups: list[FrameGroup]
 
 
 class LookUp:
@@ -73,6 +88,7 @@ class SchedulerLink:
         self._open: dict[RequestId, OpenRequest] = {}
         self._asked: dict[int, asyncio.Future[MediaFound | CacheReset]] = {}  # lookups that hold, resets under way
         self._num_asked = 0
+        self._wanted: dict[tuple[RequestId, MmHash, ActorName, Epoch], _Wanted] = {}  # by the clip's first group
         self._unsent: list[Abort | MediaUnsent | ForgetLookUp] = []
         self._closed = False
         self._none_open = asyncio.Event()
@@ -188,7 +204,7 @@ class SchedulerLink:
 
     @contextmanager
     def submit(
-        self, submit: Submit, images: Iterable[IdentifiedImage], news: asyncio.Event, *, begun: bool = False
+        self, submit: Submit, media: Iterable[SentMedium], news: asyncio.Event, *, begun: bool = False
     ) -> Iterator[OpenRequest]:
         """The request is open inside the block; left before its end, it is aborted, without waiting.
 
@@ -201,7 +217,7 @@ class SchedulerLink:
         assert self._scheduler is not None
         if submit.lookup_id and submit.lookup_id not in self._asked:
             raise unavailable("the scheduler was restarted while the request was looked at")
-        request = OpenRequest(submit.request_id, self._scheduler[1], images, news)
+        request = OpenRequest(submit.request_id, self._scheduler[1], media, news)
         self._open[submit.request_id] = request
         self._none_open.clear()
         sent = False
@@ -243,7 +259,7 @@ class SchedulerLink:
             return False
         return True
 
-    def handle(self, message: EdgeInbox) -> None:
+    def handle(self, message: SchedulerMessage) -> None:
         """What the scheduler says; of requests that have ended meanwhile it is stale and dropped."""
         match message:
             case TokenBatch():
@@ -257,8 +273,6 @@ class SchedulerLink:
                 self._answer(message.lookup_id, message)
             case CacheReset():
                 self._answer(message.reset_id, message)
-            case Probed():
-                logger.debug("probe %d: nobody waits for its answer", message.probe_id)
             case _:
                 assert_never(message)
 
@@ -268,20 +282,43 @@ class SchedulerLink:
             answer.set_result(message)
 
     def _hand_out(self, need: NeedMedia) -> None:
+        """A picture at once; a group of a clip with those that are asked for right behind it."""
         request = self._open.get(need.request_id)
-        image = request.images.get(need.mm_hash) if request is not None else None
-        if request is None or image is None:
-            logger.debug("%s: asked for a picture it does not hold", need.request_id)
-            return
-        unsent = MediaUnsent(need.request_id, need.mm_hash)
-        decode = Decode(need.mm_hash, image.encoded, image.size, image.target_size, request.epoch)
+        medium = request.media.get(need.mm_hash) if request is not None else None
+        if request is None or medium is None:
+            logger.debug("%s: asked for a medium it does not hold", need.request_id)
+        elif isinstance(medium, IdentifiedImage):
+            decode = Decode(need.mm_hash, medium.encoded, medium.size, medium.target_size, request.epoch)
+            self._send_media(need, decode, (need.mm_hash,))
+        else:
+            key = need.request_id, medium.clip.groups[0].mm_hash, need.media, need.epoch
+            wanted = self._wanted.get(key)
+            if wanted is None:
+                wanted = self._wanted[key] = _Wanted(request, need, medium.clip, [])
+                asyncio.get_running_loop().call_later(GATHER_S, self._hand_out_groups, key)
+            wanted.groups.append(medium.group)
+
+    def _hand_out_groups(self, key: tuple[RequestId, MmHash, ActorName, Epoch]) -> None:
+        wanted = self._wanted.pop(key)
+        clip, request = wanted.clip, wanted.request
+        if self._open.get(request.request_id) is not request:
+            return  # the scheduler hears of its end
+        groups = tuple(wanted.groups)
+        decode = DecodeFrames(clip.encoded, clip.size, clip.target_size, groups, request.epoch)
+        self._send_media(wanted.need, decode, tuple(group.mm_hash for group in groups))
+
+    def _send_media(self, need: NeedMedia, decode: Decode | DecodeFrames, mm_hashes: tuple[MmHash, ...]) -> None:
         try:
-            if self._media_epochs.get(need.media, need.epoch) != need.epoch:
-                self._tell(unsent)  # what went to a dead incarnation would not be missed by anybody
-            elif not self._outbox.send(need.media, decode):
-                self._tell(unsent)
+            if self._media_epochs.get(need.media, need.epoch) == need.epoch and self._outbox.send(need.media, decode):
+                return  # what went to a dead incarnation would not be missed by anybody
+            self._tell_unsent(need.request_id, mm_hashes)
         except ChannelFull:
-            asyncio.get_running_loop().call_later(MEDIA_RETRY_S, self._tell, unsent)
+            loop = asyncio.get_running_loop()
+            loop.call_later(MEDIA_RETRY_S, self._tell_unsent, need.request_id, mm_hashes)
+
+    def _tell_unsent(self, request_id: RequestId, mm_hashes: tuple[MmHash, ...]) -> None:
+        for mm_hash in mm_hashes:
+            self._tell(MediaUnsent(request_id, mm_hash))
 
 
 def unavailable(message: str) -> RequestError:

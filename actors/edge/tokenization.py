@@ -12,7 +12,8 @@ from msgspec import Struct
 
 from vlmrt.actors.edge.api_keys import tenant_salt
 from vlmrt.actors.edge.chat_prompt import ChatPrompts
-from vlmrt.actors.edge.chat_request import ChatMessage, ProcessorOptions, make_conversation
+from vlmrt.actors.edge.chat_request import ChatMessage, make_conversation
+from vlmrt.actors.edge.media_parts import ProcessorOptions
 from vlmrt.actors.edge.open_requests import MediaBudget, MediaLease
 from vlmrt.actors.edge.prompt import PromptBuilder
 from vlmrt.actors.edge.refusals import refuse

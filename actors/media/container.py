@@ -6,7 +6,7 @@ Its guesses include playlists and scripts, which name other files and addresses 
 from __future__ import annotations
 
 from vlmrt.actors.media.clip_errors import invalid
-from vlmrt.runtime.frame_list import MARK
+from vlmrt.runtime.frame_list import is_frame_list
 
 _PICTURE_BRANDS = (b"heic", b"heix", b"mif1", b"msf1", b"avif", b"avis")
 _PICTURES = {
@@ -34,7 +34,7 @@ def container_format(encoded: bytes) -> str:
     """FFmpeg's name of the format, or FRAME_LIST.  Raises: RequestError 400 for whatever is no video known here."""
     if not encoded:
         raise invalid("it is empty")
-    if encoded.startswith(MARK):
+    if is_frame_list(encoded):
         return FRAME_LIST
     for start, name in _CONTAINERS.items():
         if encoded.startswith(start):

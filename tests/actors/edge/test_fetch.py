@@ -17,8 +17,8 @@ import pytest
 from aiohttp import web
 
 from vlmrt.actors.edge import fetch as edge_fetch
-from vlmrt.actors.edge.chat_request import ImageSource
 from vlmrt.actors.edge.fetch import MediaFetcher, decode_data_url
+from vlmrt.actors.edge.media_parts import ImageSource
 from vlmrt.actors.edge.media_policy import MediaPolicy, RefusedUrl, is_public
 from vlmrt.actors.edge.open_requests import MediaBudget, MediaLease
 from vlmrt.runtime.config import ServerOptions

@@ -16,9 +16,9 @@ from PIL import Image, ImageOps
 
 from tests.actors.edge.encoded_images import all_images, save
 from tests.pictures import noise
-from vlmrt.actors.edge.chat_request import PixelLimits
 from vlmrt.actors.edge.identify import LOW_DETAIL_PIXELS, MAX_CACHED_OPTIONS, IdentifiedImage, ImageIdentifier
 from vlmrt.actors.edge.image_header import NotAnImage, read_image_header
+from vlmrt.actors.edge.media_parts import PixelLimits
 from vlmrt.actors.models.config import ImageProcessing
 from vlmrt.runtime.errors import RequestError
 

@@ -96,7 +96,6 @@ TABLE = [
     Wrong("text part without text", part(type="text"), "messages[0].content[0].text", "missing_field"),
     Wrong("audio", part(type="input_audio"), "messages[0].content[0].type", "unsupported_part", says="input_audio"),
     Wrong("file", part(type="file", file={}), "messages[0].content[0].type", "unsupported_part", says="file"),
-    Wrong("video", part(type="video_url", video_url={"url": "x"}), "messages[0].content[0].type", "unsupported_part"),
     Wrong("image without url", part(type="image_url"), "messages[0].content[0].image_url", "missing_field"),
     Wrong("image_url without url", part(type="image_url", image_url={}), URL, "missing_field"),
     Wrong("strange detail", image("x", detail="max"), DETAIL, "invalid_value"),
