@@ -123,7 +123,11 @@ class _Opened:
         """Raises: RequestError 400."""
         try:
             self._container = av.open(
-                io.BytesIO(encoded), format=format_name, buffer_size=BUFFER_BYTES, io_open=_refuse_to_open
+                io.BytesIO(encoded),
+                format=format_name,
+                metadata_errors="replace",
+                buffer_size=BUFFER_BYTES,
+                io_open=_refuse_to_open,
             )
         except (av.FFmpegError, ValueError) as error:
             raise _broken(error) from None

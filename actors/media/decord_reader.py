@@ -11,7 +11,8 @@ from vlmrt.actors.media.clip_errors import Deadline
 from vlmrt.actors.media.resize import Pixels
 from vlmrt.runtime.errors import VlmrtError
 
-FORMATS = ("mov", "matroska", "avi", "flv")  # MPEG-TS it reads up to an error at its end
+# MPEG-TS it reads up to an error at its end; of damaged AVI files one in a hundred ends the process.
+FORMATS = ("mov", "matroska", "flv")
 
 
 class DecordUnusable(VlmrtError):
