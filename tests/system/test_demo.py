@@ -40,9 +40,8 @@ def test_the_programs_of_the_readme_run(demo_server: Server, tmp_path: Path) -> 
 
 
 def accuracy(server: Server, num_questions: int, stream: bool) -> dict[str, Any]:
-    """Held-out questions of every kind that is served (clips are not yet), eight at a time, by the openai client."""
-    kinds = [kind for kind in KINDS if kind != "motion"]
-    dialogues = questions(num_questions, kinds, scenery(None))
+    """Held-out questions of every kind, eight at a time, by the openai client."""
+    dialogues = questions(num_questions, list(KINDS), scenery(None))
     return summary(asyncio.run(ask_server(f"{server.url}/v1", None, dialogues, 8, stream)))
 
 
