@@ -177,6 +177,7 @@ def raises(kind: type[Exception], ask: Callable[[], Any]) -> Any:
     try:
         found = ask()
     except kind as error:
-        assert type(error) is kind, f"{type(error).__name__} in place of {kind.__name__}: {error}"
-        return error
+        if type(error) is kind:
+            return error
+        raise AssertionError(f"{type(error).__name__} in place of {kind.__name__}: {error}") from error
     raise AssertionError(f"no {kind.__name__} but {str(found)[:200]}")

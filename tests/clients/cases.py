@@ -67,7 +67,7 @@ def _shown(key: str, value: Any) -> str:
         case type():
             return value.__name__
         case dict():
-            text = ", ".join(f"{name} {_shown(name, found)}" for name, found in value.items()) or "nothing"
+            text = ", ".join(f"{name} {found}" for name, found in value.items()) or "nothing"
             return text if len(text) <= MAX_NAME_CHARS else f"{text[: MAX_NAME_CHARS - 9]} {crc32(text.encode()):08x}"
         case (_, dict() as found):
             return _shown(key, found)
