@@ -7,6 +7,8 @@ is free.
 
 from __future__ import annotations
 
+import hashlib
+import ipaddress
 from typing import Literal
 
 import msgspec
@@ -25,6 +27,25 @@ class ModelOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     generation_config: Literal["auto", "none"] = "auto"
 
 
+class ApiKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a server knows of one of its API keys: never the key itself."""
+
+    digest: bytes
+    tenant: str = ""  # whose cached work the key's requests share; empty: that of all keys without one
+
+    @classmethod
+    def of(cls, key: str, tenant: str = "") -> ApiKey:
+        return cls(api_key_digest(key), tenant)
+
+    def __repr__(self) -> str:
+        return f"ApiKey(tenant={self.tenant!r})"
+
+
+def api_key_digest(key: str) -> bytes:
+    """SHA-256 of a key as a header brought it, whatever bytes that were."""
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
 class ServerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
     port: int = 8000
@@ -41,6 +62,15 @@ class ServerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_fetch_mib: int = 32
     cors_origins: tuple[str, ...] = ()
     admin_routes: bool = False  # cache resets by HTTP
+    api_keys: tuple[ApiKey, ...] = ()  # none: whoever reaches the address may use it
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine reaches the address."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host.lower() == "localhost"
 
 
 class SchedulingOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

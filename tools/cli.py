@@ -41,7 +41,13 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--model", metavar="DIR|HUB_ID", help="a local directory or a hub id; default: the demo model")
     model.add_argument("--revision", default="main", help="of the hub id")
-    model.add_argument("--served-model-name", nargs="+", metavar="NAME", help='"model" always works too')
+    model.add_argument(
+        "--served-model-name",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help='the first is the one that answers report; "model" always works too',
+    )
     model.add_argument(
         "--max-model-len", type=positive_int, metavar="TOKENS", help="default: the model's own, <= 32768"
     )
@@ -138,6 +144,19 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
     http = parser.add_argument_group("HTTP")
     http.add_argument("--host", default="127.0.0.1")
     http.add_argument("--port", type=port_number, default=8000, help="0: any free port")
+    http.add_argument(
+        "--api-key",
+        nargs="+",
+        action="extend",
+        metavar="KEY",
+        help="requests need one of these; who lists this machine's processes sees them: rather --api-key-file, or "
+        "VLMRT_API_KEY (comma separated)",
+    )
+    http.add_argument(
+        "--api-key-file",
+        metavar="FILE",
+        help="lines of KEY or KEY TENANT, # comments; tenants never share cached work",
+    )
     http.add_argument("--cors-origins", nargs="+", default=[], metavar="ORIGIN")
     http.add_argument("--admin-routes", action="store_true", help="POST /reset_prefix_cache and /reset_mm_cache")
     http.add_argument(

@@ -35,6 +35,7 @@ from vlmrt.runtime.config import (
 from vlmrt.runtime.errors import StartupError
 from vlmrt.runtime.host_memory import available_gib
 from vlmrt.runtime.supervisor import Supervisor
+from vlmrt.tools.api_keys import read_api_keys
 from vlmrt.tools.devices import num_cuda_devices
 from vlmrt.tools.host_tiers import check_host_memory, embedding_host_cache_gib, kv_host_cache_gib
 from vlmrt.tools.launch_report import LaunchReport
@@ -151,10 +152,13 @@ def model_options(arguments: argparse.Namespace, directory: Path, model: ModelCo
     max_model_len = arguments.max_model_len or min(longest, MAX_DEFAULT_MODEL_LEN)
     if max_model_len > longest:
         raise StartupError(f"--max-model-len {max_model_len}: the model's max_position_embeddings is {longest}")
-    names = arguments.served_model_name or [arguments.model.rstrip("/") if arguments.model else "vlmrt-demo"]
+    given = arguments.served_model_name or [arguments.model.rstrip("/") if arguments.model else "vlmrt-demo"]
+    names = tuple(dict.fromkeys(given))
+    if not all(name.isprintable() and name.strip() for name in names):
+        raise StartupError("--served-model-name: a name must not be empty, nor hold control characters")
     return ModelOptions(
         directory=str(directory),
-        served_names=tuple(names),
+        served_names=names,
         revision=arguments.revision,
         max_model_len=max_model_len,
         chat_template=arguments.chat_template,
@@ -177,6 +181,7 @@ def server_options(arguments: argparse.Namespace) -> ServerOptions:
         allowed_media_root=None if root is None else str(Path(root).resolve()),
         cors_origins=tuple(arguments.cors_origins),
         admin_routes=arguments.admin_routes,
+        api_keys=read_api_keys(arguments.api_key, arguments.api_key_file, os.environ),
     )
 
 

@@ -110,7 +110,7 @@ class LaunchReport:
         block = [
             "",
             f"  vlmrt is ready at {url}  (after {start_s:.1f} s)",
-            f'  model      {model.served_names[0]} ({self._model.model_type}); the name "model" works too',
+            f"  model      {model.served_names[0]} ({self._model.model_type}); {self._other_names()}",
             f"  device     {self._place()}",
             f"  context    {model.max_model_len} tokens; KV cache {num_kv_tokens} tokens, "
             f"prefix caching {'on' if limits.prefix_caching else 'off'}",
@@ -119,10 +119,15 @@ class LaunchReport:
             f"{server.limit_images} images per request, {server.max_body_mib} MiB per body",
             f"  sampling   {self._sampling()}",
             f"  pictures   data URLs; http(s) {fetching}; files {server.allowed_media_root or 'off'}",
-            "  API key    none: whoever reaches the address may use it",
+            f"  API key    {self._keys()}",
         ]
         if self._sharing:
             block.insert(block.index(f"  device     {self._place()}") + 1, f"  sharing    {self._sharing}")
+        if not server.api_keys and not server.is_local:
+            block.append(
+                f"  warning    {server.host} can be reached from other machines, and without an API key all of them "
+                "may use the server (--api-key-file)"
+            )
         if num_kv_tokens < model.max_model_len:
             block.append(
                 f"  note       the KV cache holds fewer tokens than the context: longer requests than {num_kv_tokens} "
@@ -134,6 +139,18 @@ class LaunchReport:
                 "pictures, and nothing else"
             )
         return [*block, "", "  Try it:", "", self._curl(url), ""]
+
+    def _other_names(self) -> str:
+        others = [json.dumps(name, ensure_ascii=False) for name in (*self._config.model.served_names[1:], "model")]
+        return f"the name {others[0]} works too" if len(others) == 1 else f"the names {', '.join(others)} work too"
+
+    def _keys(self) -> str:
+        keys = self._config.server.api_keys
+        if not keys:
+            return "none: whoever reaches the address may use it"
+        tenants = {key.tenant for key in keys if key.tenant}
+        counts = [_count(len(keys), "key"), *([_count(len(tenants), "tenant")] if tenants else [])]
+        return f"on ({', '.join(counts)})"
 
     def _host_tiers(self) -> list[str]:
         """A line about what is kept in host memory; none if nothing is."""
@@ -157,4 +174,9 @@ class LaunchReport:
         picture = base64.b64encode(PICTURE.read_bytes()).decode()
         image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}}
         body = {"messages": [{"role": "user", "content": [image, {"type": "text", "text": QUESTION}]}]}
-        return f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{json.dumps(body)}'"
+        key = ' -H "authorization: Bearer $VLMRT_API_KEY"' if self._config.server.api_keys else ""
+        return f"curl {url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{json.dumps(body)}'"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("s" if number != 1 else "")

@@ -6,18 +6,25 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from vlmrt.actors.edge.app import MAX_LINE_BYTES, AppCollaborators, build_app
-from vlmrt.actors.edge.chat import ChatCollaborators, ChatEndpoint
+from vlmrt.actors.edge.bad_http import EdgeRunner
+from vlmrt.actors.edge.chat import ChatEndpoint
+from vlmrt.actors.edge.chat_prompt import ChatPrompts
+from vlmrt.actors.edge.completions import CompletionEndpoint
 from vlmrt.actors.edge.detokenizer import Vocabulary
 from vlmrt.actors.edge.fetch import MediaFetcher, Resolve
+from vlmrt.actors.edge.generation import Generator
 from vlmrt.actors.edge.health import Health
 from vlmrt.actors.edge.identify import ImageIdentifier
 from vlmrt.actors.edge.open_requests import MediaBudget
 from vlmrt.actors.edge.prompt import PromptBuilder, load_prompt_builder
+from vlmrt.actors.edge.responder import Responder
 from vlmrt.actors.edge.sampling import SamplingDefaults
 from vlmrt.actors.edge.scheduler_link import SchedulerLink, unavailable
+from vlmrt.actors.edge.served_model import ServedModel, system_fingerprint
+from vlmrt.actors.edge.tokenization import TokenizationEndpoint
 from vlmrt.actors.models.config import CheckpointError, GenerationDefaults, ImageProcessing, ModelConfig
 from vlmrt.actors.models.registry import load_generation_defaults, load_image_processing, load_model_config
 from vlmrt.runtime.actor import ActorContext
@@ -63,14 +70,25 @@ class EdgeActor:
         """Bytes of bodies and encoded pictures that open requests hold."""
         return self._budget.used_bytes
 
+    @property
+    def routes(self) -> list[tuple[str, str]]:
+        """(method, path) of all that is served; GET stands for HEAD too."""
+        assert self._runner is not None
+        resources = self._runner.app.router.resources()
+        return [
+            (route.method, resource.canonical)
+            for resource in resources
+            for route in resource
+            if route.method != hdrs.METH_HEAD
+        ]
+
     async def start(self) -> Capabilities:
         """Load tokenizer and template, then accept connections.  Raises: StartupError."""
         if self._context.listen_socket is None:
             raise StartupError("the edge has no listening socket")
         loop = asyncio.get_running_loop()
-        chat = await loop.run_in_executor(self._executor, self._load)
-        app = build_app(AppCollaborators(self._context.config, chat, self._link, self._health, self._context.metrics))
-        self._runner = web.AppRunner(
+        app = build_app(await loop.run_in_executor(self._executor, self._load))
+        self._runner = EdgeRunner(
             app,
             handler_cancellation=True,
             access_log=None,
@@ -84,7 +102,7 @@ class EdgeActor:
         await self._site.start()
         return EdgeReady()
 
-    def _load(self) -> ChatEndpoint:
+    def _load(self) -> AppCollaborators:
         config = self._context.config
         directory = Path(config.model.directory)
         try:
@@ -96,27 +114,36 @@ class EdgeActor:
         if config.model.generation_config == "none":
             generation = GenerationDefaults()
         prompts = load_prompt_builder(directory, model, config.model.max_model_len, config.model.chat_template)
-        return self._chat(model, processing, generation, prompts)
+        return self._collaborators(model, processing, generation, prompts)
 
-    def _chat(
+    def _collaborators(
         self, model: ModelConfig, processing: ImageProcessing, generation: GenerationDefaults, prompts: PromptBuilder
-    ) -> ChatEndpoint:
-        config = self._context.config
+    ) -> AppCollaborators:
+        config, metrics, executor = self._context.config, self._context.metrics, self._executor
+        vocabulary = Vocabulary(prompts.tokenizer)
+        generator = Generator(self._link, vocabulary, config.scheduling, metrics)
+        responder = Responder(config.server, self._link, self._budget, generator, metrics, self._write_timeout_s)
+        fetcher = MediaFetcher(config.server, executor, self._resolve)
         identity = f"{config.model.directory}@{config.model.revision}"
-        return ChatEndpoint(
-            ChatCollaborators(
-                config=config,
-                link=self._link,
-                metrics=self._context.metrics,
-                budget=self._budget,
-                fetcher=MediaFetcher(config.server, self._executor, self._resolve),
-                identifier=ImageIdentifier(processing, identity, config.server.max_pixels),
-                prompts=prompts,
-                vocabulary=Vocabulary(prompts.tokenizer),
-                sampling=SamplingDefaults(generation, model.eos_token_ids, model.text.vocab_size),
-                executor=self._executor,
-                write_timeout_s=self._write_timeout_s,
-            )
+        identifier = ImageIdentifier(processing, identity, config.server.max_pixels)
+        chat_prompts = ChatPrompts(fetcher, identifier, prompts, executor, config.server.limit_images)
+        sampling = SamplingDefaults(generation, model.eos_token_ids, model.text.vocab_size)
+        served = ServedModel(
+            names=config.model.served_names,
+            fingerprint=system_fingerprint(config, processing, generation, prompts.template_source),
+            max_model_len=config.model.max_model_len,
+        )
+        return AppCollaborators(
+            config=config,
+            model=served,
+            chat=ChatEndpoint(responder, chat_prompts, sampling, served, vocabulary),
+            completions=CompletionEndpoint(responder, prompts, executor, sampling, served, vocabulary),
+            tokenization=TokenizationEndpoint(
+                responder, self._budget, self._link, chat_prompts, prompts, executor, sampling, served
+            ),
+            link=self._link,
+            health=self._health,
+            metrics=metrics,
         )
 
     async def peer_up(self, peer: PeerUp) -> None:

@@ -1,23 +1,29 @@
-"""The HTTP application: routes, error bodies, request ids, and who may speak to it from a browser."""
+"""The HTTP application: routes, API keys, request ids, and who may speak to it from a browser."""
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from functools import cached_property
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.typedefs import Middleware
 from msgspec import Struct
 
 import vlmrt
-from vlmrt.actors.edge.chat import ALIAS, ChatEndpoint
-from vlmrt.actors.edge.health import Health
-from vlmrt.actors.edge.responses import ModelCard, ModelList, encode_json, error_body
+from vlmrt.actors.edge.api_keys import TENANT, ApiKeys
+from vlmrt.actors.edge.chat import ChatEndpoint
+from vlmrt.actors.edge.completions import CompletionEndpoint
+from vlmrt.actors.edge.error_answers import error_response, from_http
+from vlmrt.actors.edge.health import Health, LiveReport, Load, ResetReport, Version
+from vlmrt.actors.edge.openapi import openapi_document
+from vlmrt.actors.edge.responses import encode_json
 from vlmrt.actors.edge.scheduler_link import SchedulerLink
+from vlmrt.actors.edge.served_model import ModelList, ServedModel
+from vlmrt.actors.edge.tokenization import TokenizationEndpoint
 from vlmrt.runtime.config import Config
 from vlmrt.runtime.errors import RequestError
 from vlmrt.runtime.messages import PROTOCOL_VERSION
@@ -26,7 +32,9 @@ from vlmrt.runtime.metrics import Metrics, prometheus_text
 REQUEST_ID = "x-request-id"
 LABEL = web.RequestKey("label", str)  # what the client calls the request; never a key of ours
 MAX_LINE_BYTES = 16 << 10
+ALLOWED_HEADERS = "authorization, content-type, x-api-key, x-request-id"  # of a page that does not say what it sends
 _LABEL = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+_HEADER_NAMES = re.compile(r"[\w, -]{1,2048}", re.ASCII)
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 logger = logging.getLogger(__name__)
@@ -38,7 +46,10 @@ class AppCollaborators(Struct, frozen=True):
     """What the routes answer with."""
 
     config: Config
+    model: ServedModel
     chat: ChatEndpoint
+    completions: CompletionEndpoint
+    tokenization: TokenizationEndpoint
     link: SchedulerLink
     health: Health
     metrics: Metrics
@@ -54,6 +65,9 @@ def build_app(collaborators: AppCollaborators) -> web.Application:
         [
             web.get("/", routes.root),
             web.post("/v1/chat/completions", collaborators.chat.post),
+            web.post("/v1/completions", collaborators.completions.post),
+            web.post("/tokenize", collaborators.tokenization.tokenize),
+            web.post("/detokenize", collaborators.tokenization.detokenize),
             web.get("/v1/models", routes.models),
             web.get("/v1/models/{id:.+}", routes.model),
             web.get("/health", routes.ready),
@@ -61,7 +75,9 @@ def build_app(collaborators: AppCollaborators) -> web.Application:
             web.get("/health/live", routes.live),
             web.get("/ping", routes.live),
             web.get("/version", routes.version),
+            web.get("/load", routes.load),
             web.get("/metrics", routes.metrics),
+            web.get("/openapi.json", routes.openapi),
         ]
     )
     if collaborators.config.server.admin_routes:
@@ -82,26 +98,27 @@ class Routes:
         self._created = int(time.time())
 
     async def root(self, request: web.Request) -> web.Response:
-        name = self._with.config.model.served_names[0]
+        name = self._with.model.names[0]
         return web.Response(text=f"vlmrt {vlmrt.__version__} serves {name}; the API is at /v1/chat/completions\n")
 
     async def models(self, request: web.Request) -> web.Response:
-        cards = tuple(self._card(name) for name in self._with.config.model.served_names)
-        return _json(ModelList(cards))
+        model = self._with.model
+        return _json(ModelList(tuple(model.card(name, self._created) for name in model.names)))
 
     async def model(self, request: web.Request) -> web.Response:
         name = request.match_info["id"]
-        if name not in (ALIAS, *self._with.config.model.served_names):
-            raise RequestError(
-                f"the model {name[:100]!r} does not exist", status=404, code="model_not_found", param="model"
-            )
-        return _json(self._card(name))
+        self._with.model.check(name)
+        return _json(self._with.model.card(name, self._created))
 
-    def _card(self, name: str) -> ModelCard:
-        return ModelCard(name, self._created, self._with.config.model.max_model_len)
+    async def openapi(self, request: web.Request) -> web.Response:
+        return web.Response(body=self._document, content_type="application/json")
+
+    @cached_property
+    def _document(self) -> bytes:
+        return openapi_document(self._with.config.server)
 
     async def live(self, request: web.Request) -> web.Response:
-        return _json({"status": "live"})
+        return _json(LiveReport())
 
     async def ready(self, request: web.Request) -> web.Response:
         report = self._with.health.report()
@@ -110,7 +127,10 @@ class Routes:
 
     async def version(self, request: web.Request) -> web.Response:
         hooks = self._with.config.supervision.fault_hooks
-        return _json({"version": vlmrt.__version__, "protocol": PROTOCOL_VERSION, "fault_hooks": hooks})
+        return _json(Version(vlmrt.__version__, PROTOCOL_VERSION, hooks))
+
+    async def load(self, request: web.Request) -> web.Response:
+        return _json(Load(self._with.link.num_open))
 
     async def metrics(self, request: web.Request) -> web.Response:
         status = self._with.health.status
@@ -122,11 +142,11 @@ class Routes:
 
     async def reset_prefix_cache(self, request: web.Request) -> web.Response:
         await self._with.link.reset("prefix")
-        return _json({"reset": "prefix"})
+        return _json(ResetReport("prefix"))
 
     async def reset_mm_cache(self, request: web.Request) -> web.Response:
         await self._with.link.reset("embedding")
-        return _json({"reset": "embedding"})
+        return _json(ResetReport("embedding"))
 
 
 class OriginPolicy:
@@ -137,8 +157,7 @@ class OriginPolicy:
 
     def __init__(self, config: Config) -> None:
         self._allowed = config.server.cors_origins
-        host = config.server.host.lower()
-        self._local_names = (*_LOCAL_NAMES, host) if _is_loopback(host) else ()
+        self._local_names = (*_LOCAL_NAMES, config.server.host.lower()) if config.server.is_local else ()
 
     def check(self, request: web.Request) -> None:
         """Raises: RequestError 403."""
@@ -156,13 +175,6 @@ class OriginPolicy:
         return origin.partition("://")[2].lower() == request.headers.get("Host", "").lower() != ""
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def _host_name(host: str) -> str:
     """The Host header without its port."""
     host = host.lower()
@@ -172,8 +184,9 @@ def _host_name(host: str) -> str:
 
 
 def _guard(collaborators: AppCollaborators, origins: OriginPolicy) -> Middleware:
-    """The outermost middleware: request id, origin, and every error as an error body."""
+    """The outermost middleware: request id, origin, key, and every error as an error body."""
     metrics = collaborators.metrics
+    keys = ApiKeys(collaborators.config.server.api_keys)
 
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -181,57 +194,38 @@ def _guard(collaborators: AppCollaborators, origins: OriginPolicy) -> Middleware
         request[LABEL] = label if _LABEL.fullmatch(label) else secrets.token_hex(16)
         try:
             origins.check(request)
-            response = _preflight(request) or await handler(request)
+            request[TENANT] = keys.check(request)
+            response = await handler(request)
         except RequestError as error:
             metrics.add("request_errors_total", code=error.code or str(error.status))
-            response = _error_response(error)
+            response = error_response(error)
         except web.HTTPException as error:
-            response = _error_response(_from_http(error, request), error)
+            if request.method == hdrs.METH_OPTIONS and isinstance(error, web.HTTPMethodNotAllowed):
+                response = _options(request, error)
+            else:
+                response = error_response(from_http(error, request), error)
         except ConnectionResetError:  # nobody is left to answer
             response = web.Response(status=499)
         except Exception:
             logger.exception("request %s failed", request[LABEL])
             metrics.add("request_errors_total", code="internal_error")
-            response = _error_response(RequestError("internal error", status=500, code="internal_error"))
+            response = error_response(RequestError("internal error", status=500, code="internal_error"))
         metrics.add("http_requests_total", code=str(response.status))
         return response
 
     return guard
 
 
-def _preflight(request: web.Request) -> web.Response | None:
-    if request.method != "OPTIONS" or "Access-Control-Request-Method" not in request.headers:
-        return None
-    return web.Response(
-        status=204,
-        headers={
-            "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
-            "Access-Control-Allow-Headers": "authorization, content-type, x-request-id",
-            "Access-Control-Max-Age": "600",
-        },
-    )
-
-
-def _from_http(error: web.HTTPException, request: web.Request) -> RequestError:
-    match error.status:
-        case 404:
-            return RequestError("there is no such route", status=404, code="route_not_found")
-        case 405:
-            return RequestError(
-                f"the method {request.method[:20]} is not allowed here", status=405, code="method_not_allowed"
-            )
-    return RequestError(error.reason, status=error.status)
-
-
-def _error_response(error: RequestError, http: web.HTTPException | None = None) -> web.Response:
-    headers = {}
-    if error.retry_after_s is not None:
-        headers["Retry-After"] = str(error.retry_after_s)
-    if error.status == 504:
-        headers["x-should-retry"] = "false"
-    if http is not None and "Allow" in http.headers:
-        headers["Allow"] = http.headers["Allow"]
-    return web.Response(body=error_body(error), status=error.status, headers=headers, content_type="application/json")
+def _options(request: web.Request, refused: web.HTTPMethodNotAllowed) -> web.Response:
+    """What a route allows; to a browser's page also what it may send there."""
+    allow = ", ".join(sorted({*refused.allowed_methods, hdrs.METH_OPTIONS}))
+    headers = {"Allow": allow}
+    if "Access-Control-Request-Method" in request.headers:
+        asked = request.headers.get("Access-Control-Request-Headers", "")
+        headers["Access-Control-Allow-Methods"] = allow
+        headers["Access-Control-Allow-Headers"] = asked if _HEADER_NAMES.fullmatch(asked) else ALLOWED_HEADERS
+        headers["Access-Control-Max-Age"] = "600"
+    return web.Response(status=204, headers=headers)
 
 
 def _add_headers(origins: OriginPolicy) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:

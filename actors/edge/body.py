@@ -17,7 +17,8 @@ async def read_json_body(request: web.Request, max_bytes: int, lease: MediaLease
 
     Raises: RequestError 408, 413, 415, or 429 from the lease.
     """
-    if request.content_type != "application/json" and not request.content_type.endswith("+json"):
+    named = "Content-Type" in request.headers  # a body without a type is taken for what it has to be
+    if named and request.content_type != "application/json" and not request.content_type.endswith("+json"):
         raise RequestError("the content type must be application/json", status=415, code="unsupported_media_type")
     if request.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
         raise RequestError("compressed bodies are not accepted", status=415, code="unsupported_encoding")

@@ -12,11 +12,22 @@ import jinja2
 import jinja2.ext
 import msgspec
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from msgspec import Struct
 
 from vlmrt.runtime.errors import RequestError, StartupError
 
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
-_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+RESERVED_NAMES = frozenset(("messages", "tools", "documents", *TOKEN_NAMES, "add_generation_prompt"))
+
+
+class TemplateOptions(Struct, frozen=True):
+    """What a template is told beside the messages."""
+
+    add_generation_prompt: bool = True  # the prompt ends where the assistant's next message begins
+    continue_final_message: bool = False  # the prompt ends with the last message, unfinished; see PromptBuilder
+    tools: list[dict[str, Any]] | None = None
+    variables: dict[str, Any] = {}  # further names that the template may know; none of RESERVED_NAMES
 
 
 class ChatTemplate:
@@ -34,16 +45,25 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise StartupError(f"chat template: {error}; pass another with --chat-template") from None
+        self.source = source
         self._special_tokens = special_tokens or {}
 
-    def render(self, messages: Sequence[dict[str, Any]]) -> str:
-        """The prompt up to where the assistant's answer begins, also after a last message of the assistant.
+    def render(self, messages: Sequence[dict[str, Any]], options: TemplateOptions | None = None) -> str:
+        """The prompt, by default up to where the assistant's answer begins, also after a last message of the assistant.
 
         Raises: RequestError 400 where the template refuses the messages.
         """
+        options = options or TemplateOptions()
         try:
             return self._template.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._special_tokens
+                {
+                    **options.variables,
+                    **self._special_tokens,
+                    "messages": messages,
+                    "tools": options.tools,
+                    "documents": None,
+                    "add_generation_prompt": options.add_generation_prompt and not options.continue_final_message,
+                }
             )
         except jinja2.TemplateError as error:
             raise _refused(str(error)) from None
@@ -124,7 +144,7 @@ def _special_tokens(file: Path) -> dict[str, str]:
         return {}
     config = _read_object(file)
     tokens = {}
-    for name in _TOKEN_NAMES:
+    for name in TOKEN_NAMES:
         value = config.get(name)
         value = value.get("content") if isinstance(value, dict) else value
         if isinstance(value, str):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Protocol
 
 import msgspec
+from msgspec import Struct
 from tokenizers import Tokenizer
 
 REPLACEMENT = "�"
@@ -31,8 +33,20 @@ class Vocabulary:
         self._byte_level = decoder.get("type") == "ByteLevel"
         self._char_bytes = _byte_level_alphabet()
 
-    def stream(self) -> TextStream:
-        return ByteLevelStream(self) if self._byte_level else DecodedStream(self.tokenizer)
+    def stream(self, skip_special_tokens: bool = True) -> TextStream:
+        if self._byte_level:
+            return ByteLevelStream(self.token_bytes if skip_special_tokens else self.all_token_bytes)
+        return DecodedStream(self.tokenizer, skip_special_tokens)
+
+    def all_token_bytes(self, token_id: int) -> bytes:
+        """As token_bytes, but special tokens are written with their names."""
+        if token_id in self.special_ids:
+            return (self.tokenizer.id_to_token(token_id) or "").encode()
+        return self.token_bytes(token_id)
+
+    def token_text(self, token_id: int) -> str:
+        """What a token is called in an answer: the text that it is by itself."""
+        return self.all_token_bytes(token_id).decode(errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a byte-level token stands for; none for special tokens and unknown ids."""
@@ -59,8 +73,8 @@ def _byte_level_alphabet() -> dict[str, int]:
 class ByteLevelStream:
     """For byte-level vocabularies: the bytes of the tokens through an incremental UTF-8 decoder, at O(1) a token."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self._token_bytes = vocabulary.token_bytes
+    def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
+        self._token_bytes = token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_ids: Iterable[int]) -> str:
@@ -73,8 +87,8 @@ class ByteLevelStream:
 class DecodedStream:
     """For any other vocabulary: decode a window of tokens with and without the new ones, give out the difference."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._decode = tokenizer.decode
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._decode = partial(tokenizer.decode, skip_special_tokens=skip_special_tokens)
         self._token_ids: list[int] = []
         self._start = 0  # of the window
         self._shown = 0  # tokens whose text is out
@@ -98,10 +112,15 @@ class DecodedStream:
 
 
 class StopFinder:
-    """Holds text back while it may be the start of a stop string, and cuts it where one is complete."""
+    """Holds text back while it may be the start of a stop string, and cuts it where one is complete.
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    The one that is complete first counts, whatever pieces the text comes in; of several that end together the longest.
+    Args: include: the text is cut behind the stop string, not before it.
+    """
+
+    def __init__(self, stops: Sequence[str], include: bool = False) -> None:
         self._stops = tuple(stops)
+        self._include = include
         self._longest = max(map(len, stops), default=0)
         self._held = ""
         self.found: str | None = None
@@ -111,11 +130,11 @@ class StopFinder:
         if self.found is not None or not self._stops:
             return "" if self.found is not None else text
         held = self._held + text
-        places = [(at, -len(stop), stop) for stop in self._stops if (at := held.find(stop)) >= 0]
+        places = [(at + len(stop), at, stop) for stop in self._stops if (at := held.find(stop)) >= 0]
         if places:
-            at, _, self.found = min(places)
+            end, at, self.found = min(places)
             self._held = ""
-            return held[:at]
+            return held[: end if self._include else at]
         keep = self._num_held(held)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]
@@ -134,21 +153,30 @@ class StopFinder:
         return 0
 
 
+class TextRule(Struct, frozen=True):
+    """How the tokens of an answer become its text."""
+
+    stops: tuple[str, ...] = ()
+    include_stop: bool = False  # the stop string, and the text of the token that ends the answer, are shown
+    skip_special_tokens: bool = True
+
+
 class Detokenizer:
     """The text of one answer.
 
     Args: stop strings count only beyond the first min_tokens tokens, as stop tokens do.
     """
 
-    def __init__(self, vocabulary: Vocabulary, stops: Sequence[str] = (), min_tokens: int = 0) -> None:
-        self._text = vocabulary.stream()
-        self._stops = StopFinder(stops)
+    def __init__(self, vocabulary: Vocabulary, rule: TextRule | None = None, min_tokens: int = 0) -> None:
+        rule = rule or TextRule()
+        self._text = vocabulary.stream(rule.skip_special_tokens)
+        self._stops = StopFinder(rule.stops, rule.include_stop)
         self._num_free_tokens = min_tokens
 
     @property
-    def stopped(self) -> bool:
-        """A stop string is complete; what comes after it is dropped."""
-        return self._stops.found is not None
+    def stop(self) -> str | None:
+        """The stop string that is complete, if one is; what comes after it is dropped."""
+        return self._stops.found
 
     def push(self, token_ids: Sequence[int]) -> str:
         if not self._num_free_tokens:
@@ -161,4 +189,4 @@ class Detokenizer:
     def flush(self) -> str:
         """The rest, when no more tokens come: characters cut in the middle read U+FFFD, as in the full decode."""
         shown = self._stops.push(self._text.flush())
-        return shown if self.stopped else shown + self._stops.flush()
+        return shown if self.stop is not None else shown + self._stops.flush()

@@ -18,9 +18,9 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
+from vlmrt.actors.edge.chat_request import ImageSource
 from vlmrt.actors.edge.media_policy import MediaPolicy, RefusedUrl
 from vlmrt.actors.edge.open_requests import MediaLease
-from vlmrt.actors.edge.openai import ImageSource
 from vlmrt.runtime.config import ServerOptions
 from vlmrt.runtime.errors import RequestError
 

@@ -1,17 +1,36 @@
-"""Is the service ready, and if not, what is down."""
+"""Is the service ready, and if not, what is down; and the other short reports of the small routes."""
 
 from __future__ import annotations
 
 import time
+from typing import Literal
 
 from msgspec import Struct
 
-from vlmrt.runtime.messages import ServiceStatus
+from vlmrt.runtime.messages import CacheKind, ServiceStatus
 
 
 class HealthReport(Struct, frozen=True):
     ready: bool
     down: tuple[str, ...]  # actors by name, with their state; "supervisor" where it has gone silent
+
+
+class LiveReport(Struct, frozen=True):
+    status: Literal["live"] = "live"
+
+
+class Version(Struct, frozen=True):
+    version: str
+    protocol: int  # of the messages between the server's processes
+    fault_hooks: bool
+
+
+class Load(Struct, frozen=True):
+    server_load: int  # requests that have been submitted and not answered to their end
+
+
+class ResetReport(Struct, frozen=True):
+    reset: CacheKind
 
 
 class Health:

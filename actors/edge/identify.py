@@ -10,6 +10,7 @@ from hashlib import blake2b
 import msgspec
 from msgspec import Struct
 
+from vlmrt.actors.edge.chat_request import PixelLimits
 from vlmrt.actors.edge.image_header import ImageHeader, NotAnImage, read_image_header
 from vlmrt.actors.models.config import ImageProcessing
 from vlmrt.actors.models.qwen2_vl.processing import image_grid_thw, num_image_tokens, resized_size
@@ -20,6 +21,7 @@ LARGE_BYTES = 64 << 10  # hashed off the event loop from here on (about 0.1 ms)
 DIGEST_BYTES = 32
 LOW_DETAIL_PIXELS = 512 * 512  # detail "low": no picture is resized to more than this
 MAX_CACHED_HEADERS = 4096
+MAX_CACHED_OPTIONS = 256
 
 
 class IdentifiedImage(Struct, frozen=True):
@@ -43,6 +45,11 @@ class NamedImage(Struct, frozen=True):
     num_tokens: int
 
 
+class _Options(Struct, frozen=True):
+    processing: ImageProcessing
+    key: bytes  # of the model and the options
+
+
 PromptImage = IdentifiedImage | NamedImage
 
 
@@ -50,16 +57,21 @@ class ImageIdentifier:
     """Identifies pictures for one model.  The key binds the bytes and every option that changes the model's rows."""
 
     def __init__(self, processing: ImageProcessing, model_identity: str, max_pixels: int) -> None:
-        self._processing = {False: processing, True: _low_detail(processing)}
-        self._option_keys = {
-            low: blake2b(msgspec.msgpack.encode((model_identity, options)), digest_size=DIGEST_BYTES).digest()
-            for low, options in self._processing.items()
-        }
+        self._processing = processing
+        self._model_identity = model_identity
+        self._options: dict[PixelLimits, _Options] = {}
         self._max_pixels = max_pixels
         self._headers: OrderedDict[bytes, ImageHeader] = OrderedDict()
 
     async def identify(
-        self, encoded: bytes, *, low_detail: bool, cache_salt: str, param: str, executor: Executor, uuid: str = ""
+        self,
+        encoded: bytes,
+        *,
+        limits: PixelLimits,
+        cache_salt: str,
+        param: str,
+        executor: Executor,
+        uuid: str = "",
     ) -> IdentifiedImage:
         """Raises: RequestError 400 for bytes that are no picture, or one of a size out of bounds."""
         content = blake2b(digest_size=DIGEST_BYTES)
@@ -75,10 +87,22 @@ class ImageIdentifier:
                 header = await loop.run_in_executor(executor, _read_header, encoded, param)
         self._remember(content.digest(), header)
         self._check_size(header, param)
-        key = blake2b(content.digest(), digest_size=DIGEST_BYTES, key=self._option_keys[low_detail])
+        options = self._options_within(limits)
+        key = blake2b(content.digest(), digest_size=DIGEST_BYTES, key=options.key)
         key.update(cache_salt.encode())
-        image = self._identified(MmHash(key.hexdigest()), encoded, header, self._processing[low_detail], param)
+        image = self._identified(MmHash(key.hexdigest()), encoded, header, options.processing, param)
         return msgspec.structs.replace(image, uuid=uuid) if uuid else image
+
+    def _options_within(self, limits: PixelLimits) -> _Options:
+        known = self._options.get(limits)
+        if known is None:
+            processing = _limited(self._processing, limits)
+            encoded = msgspec.msgpack.encode((self._model_identity, processing))
+            known = _Options(processing, blake2b(encoded, digest_size=DIGEST_BYTES).digest())
+            if len(self._options) >= MAX_CACHED_OPTIONS:
+                self._options.clear()
+            self._options[limits] = known
+        return known
 
     def _remember(self, digest: bytes, header: ImageHeader) -> None:
         self._headers[digest] = header
@@ -114,9 +138,10 @@ def _read_header(encoded: bytes, param: str) -> ImageHeader:
         raise RequestError(f"{param}: {error}", param=param, code="invalid_image") from None
 
 
-def _low_detail(processing: ImageProcessing) -> ImageProcessing:
-    return msgspec.structs.replace(
-        processing,
-        max_pixels=min(processing.max_pixels, LOW_DETAIL_PIXELS),
-        min_pixels=min(processing.min_pixels, LOW_DETAIL_PIXELS),
-    )
+def _limited(processing: ImageProcessing, limits: PixelLimits) -> ImageProcessing:
+    """What a client asks for, never more pixels than the server's own limit."""
+    max_pixels = min(limits.max_pixels or processing.max_pixels, processing.max_pixels)
+    if limits.low_detail:
+        max_pixels = min(max_pixels, LOW_DETAIL_PIXELS)
+    min_pixels = min(limits.min_pixels or processing.min_pixels, max_pixels)
+    return msgspec.structs.replace(processing, max_pixels=max_pixels, min_pixels=min_pixels)

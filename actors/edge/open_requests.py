@@ -63,17 +63,22 @@ class MediaLease:
 
 
 class OpenRequest:
-    """One request between its Submit and its end: outputs that wait for the client, pictures that may be asked for."""
+    """One request between its Submit and its end: outputs that wait for the client, pictures that may be asked for.
 
-    def __init__(self, request_id: RequestId, epoch: Epoch, images: Iterable[IdentifiedImage]) -> None:
+    Args: news is set whenever there is something to take; several requests may share it.
+    """
+
+    def __init__(
+        self, request_id: RequestId, epoch: Epoch, images: Iterable[IdentifiedImage], news: asyncio.Event
+    ) -> None:
         self.request_id = request_id
         self.epoch = epoch  # of the scheduler that has it
         self.images: dict[MmHash, IdentifiedImage] = {image.mm_hash: image for image in images}
-        self.ended = False  # by the scheduler, or because it died: no Abort is due
+        self.ended = False  # by the scheduler, by an Abort, or because the scheduler died: no Abort is due
         self.error: RequestError | None = None
+        self._news = news
         self._outputs: list[TokenOutput] = []
         self._num_queued_tokens = 0
-        self._waiter: asyncio.Future[None] | None = None
 
     def push(self, output: TokenOutput) -> None:
         """News from the scheduler.  A client that lets too much pile up loses its request."""
@@ -90,31 +95,21 @@ class OpenRequest:
         self._outputs.append(output)
         if output.finish_reason is not None:
             self.ended = True
-        self._wake()
+        self._news.set()
 
     def fail(self, error: RequestError) -> None:
         """End the request with an error, after the outputs that came before it."""
         if self.error is None:
             self.error = error
-            self._wake()
+            self._news.set()
 
-    async def outputs(self) -> list[TokenOutput]:
-        """All outputs since the last call, at least one.
+    def take(self) -> list[TokenOutput]:
+        """All outputs since the last call.
 
-        Raises: the RequestError that ended the request.
+        Raises: the RequestError that ended the request, once no outputs are left.
         """
-        while not self._outputs:
-            if self.error is not None:
-                raise self.error
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+        if self.error is not None and not self._outputs:
+            raise self.error
         taken, self._outputs = self._outputs, []
         self._num_queued_tokens = 0
         return taken
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)

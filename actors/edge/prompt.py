@@ -10,10 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 from tokenizers import Tokenizer
 
-from vlmrt.actors.edge.chat_template import ChatTemplate, load_chat_template
+from vlmrt.actors.edge.chat_template import ChatTemplate, TemplateOptions, load_chat_template
 from vlmrt.actors.edge.identify import IdentifiedImage, PromptImage
 from vlmrt.actors.models.config import ModelConfig
 from vlmrt.actors.models.rope_index import MediaSpan, rope_delta
@@ -39,6 +40,7 @@ class PromptBuilder:
 
     def __init__(self, template: ChatTemplate, tokenizer: Tokenizer, model: ModelConfig, max_model_len: int) -> None:
         self.tokenizer = tokenizer
+        self.template_source = template.source
         self._template = template
         self._model = model
         self._max_model_len = max_model_len
@@ -51,35 +53,61 @@ class PromptBuilder:
         self._control = re.compile("|".join(map(re.escape, names)) or r"(?!)")
         self._risky = re.compile(_risky_pattern(names))
 
-    async def build(
-        self, messages: Sequence[dict[str, Any]], images: Sequence[PromptImage], executor: Executor
-    ) -> Prompt:
-        """Render, tokenize, expand.
+    async def tokenize(
+        self, messages: Sequence[dict[str, Any]], executor: Executor, options: TemplateOptions | None = None
+    ) -> list[int]:
+        """As `encode`; long conversations leave the event loop."""
+        options = options or TemplateOptions()
+        if sum(map(len, _texts([messages, options.tools, options.variables]))) < LONG_TEXT_CHARS:
+            return self.encode(messages, options)
+        return await asyncio.get_running_loop().run_in_executor(executor, self.encode, messages, options)
 
-        Raises: RequestError 400: the template refuses, it has no place for the pictures, the context is too short.
-        """
-        if _is_short(messages):
-            return self.expand(self.encode(messages), images)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(executor, lambda: self.expand(self.encode(messages), images))
-
-    async def tokenize(self, messages: Sequence[dict[str, Any]], executor: Executor) -> list[int]:
-        """The first half of `build`, for `expand` to go on with."""
-        if _is_short(messages):
-            return self.encode(messages)
-        return await asyncio.get_running_loop().run_in_executor(executor, self.encode, messages)
-
-    def encode(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+    def encode(self, messages: Sequence[dict[str, Any]], options: TemplateOptions | None = None) -> list[int]:
         """Token ids as transformers' apply_chat_template, except that a control token's name in a message is text."""
-        texts = _texts(messages)
+        options = options or TemplateOptions()
+        texts = _texts([messages, options.tools, options.variables])
         if not any(self._risky.search(text) for text in texts):
-            ids: list[int] = self.tokenizer.encode(self._template.render(messages), add_special_tokens=False).ids
-            return ids
-        mark = next(char for char in map(chr, _MARKS) if not any(char in text for text in texts))
-        marked = _map_texts(
-            messages, lambda text: self._risky.sub(lambda found: found[0][0] + mark + found[0][1:], text)
+            return self._encode_raw(self._render(messages, options, texts))
+        mark = _unused_char(texts)
+
+        def marked(value: Any) -> Any:
+            return _map_texts(value, lambda text: self._risky.sub(lambda name: name[0][0] + mark + name[0][1:], text))
+
+        changed = msgspec.structs.replace(
+            options,
+            tools=marked(options.tools),
+            variables={name: marked(value) for name, value in options.variables.items()},
         )
-        return self._encode_marked(self._template.render(marked), mark)
+        return self._encode_marked(self._render(marked(messages), changed, [*texts, mark]), mark)
+
+    async def encode_text(self, text: str, executor: Executor, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a raw prompt, in which the names of control tokens are control tokens."""
+        if len(text) < LONG_TEXT_CHARS:
+            return self._encode_raw(text, add_special_tokens)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(executor, self._encode_raw, text, add_special_tokens)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, names of control tokens included."""
+        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=False)
+        return text
+
+    def _encode_raw(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def _render(self, messages: Sequence[dict[str, Any]], options: TemplateOptions, texts: Sequence[str]) -> str:
+        if not options.continue_final_message:
+            return self._template.render(messages, options)
+        end = _unused_char(texts)
+        rendered, found, _ = self._template.render(_with_end(messages, end), options).rpartition(end)
+        if not found:
+            raise RequestError(
+                "continue_final_message: the model's chat template does not show the last message's text",
+                param="continue_final_message",
+                code="template_error",
+            )
+        return rendered
 
     def _encode_marked(self, text: str, mark: str) -> list[int]:
         """Names of control tokens in the text are the template's; with the mark inside them, they were a client's."""
@@ -118,11 +146,28 @@ class PromptBuilder:
             )
         return places
 
-    def expand(self, token_ids: Sequence[int], images: Sequence[PromptImage]) -> Prompt:
-        """Replace the n-th placeholder by the n-th picture's tokens; linear in the length of the result."""
+    def text_prompt(self, token_ids: Sequence[int], param: str) -> Prompt:
+        """A prompt without pictures.
+
+        Raises: RequestError 400: it has none or too many tokens, or one that stands for a picture.
+        """
+        for token_id in (self._model.image_token_id, self._model.video_token_id):
+            if token_id in token_ids:
+                name = self.tokenizer.id_to_token(token_id)
+                problem = f"holds {name}, token {token_id}, which stands for media that this route does not take"
+                raise RequestError(f"{param} {problem}", param=param, code="placeholder_mismatch")
+        self._check_length(len(token_ids), (), param)
+        return Prompt(tuple(token_ids), (), 0)
+
+    def expand(self, token_ids: Sequence[int], images: Sequence[PromptImage], *, bounded: bool = True) -> Prompt:
+        """Replace the n-th placeholder by the n-th picture's tokens; linear in the length of the result.
+
+        Args: bounded: refuse what the context does not hold.
+        """
         image_token_id = self._model.image_token_id
         places = self._places(token_ids, len(images))
-        self._check_length(len(token_ids), images)
+        if bounded:
+            self._check_length(len(token_ids), images)
         expanded: list[int] = []
         media = []
         done = 0
@@ -139,18 +184,18 @@ class PromptBuilder:
         delta = rope_delta(len(expanded), spans, self._model.vision.spatial_merge_size)
         return Prompt(tuple(expanded), tuple(media), delta)
 
-    def _check_length(self, num_tokens: int, images: Sequence[PromptImage]) -> None:
+    def _check_length(self, num_tokens: int, images: Sequence[PromptImage], param: str = "messages") -> None:
         num_image_tokens = sum(image.num_tokens for image in images)
         total = num_tokens - len(images) + num_image_tokens
         if total + 1 > self._max_model_len:
             raise RequestError(
                 f"the prompt has {total} tokens, {num_image_tokens} of them for {len(images)} images; with at least "
                 f"one token of answer it must fit the context of {self._max_model_len} tokens",
-                param="messages",
+                param=param,
                 code="context_length_exceeded",
             )
         if total == 0:
-            raise RequestError("the prompt is empty", param="messages", code="empty_prompt")
+            raise RequestError("the prompt is empty", param=param, code="empty_prompt")
 
 
 def _risky_pattern(names: Sequence[str]) -> str:
@@ -162,8 +207,27 @@ def _risky_pattern(names: Sequence[str]) -> str:
     return f"{whole}|(?:{endings})\\Z" if names else r"(?!)"
 
 
-def _is_short(messages: Sequence[dict[str, Any]]) -> bool:
-    return sum(map(len, _texts(messages))) < LONG_TEXT_CHARS
+def _unused_char(texts: Sequence[str]) -> str:
+    return next(char for char in map(chr, _MARKS) if not any(char in text for text in texts))
+
+
+def _with_end(messages: Sequence[dict[str, Any]], end: str) -> list[dict[str, Any]]:
+    """The last message's text, or the text of its last part, with a mark behind it.
+
+    Raises: RequestError 400 where it does not end with text.
+    """
+    *before, last = messages
+    content = last.get("content")
+    if isinstance(content, str):
+        return [*before, {**last, "content": content + end}]
+    if not content or content[-1].get("type") != "text":
+        raise RequestError(
+            f"messages[{len(before)}].content must end with text where continue_final_message is true",
+            param=f"messages[{len(before)}].content",
+            code="invalid_value",
+        )
+    part = content[-1]
+    return [*before, {**last, "content": [*content[:-1], {**part, "text": part["text"] + end}]}]
 
 
 def _texts(value: object) -> list[str]:

@@ -8,7 +8,7 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from vlmrt.runtime.errors import RequestError, error_type
-from vlmrt.runtime.messages import FinishReason, Usage
+from vlmrt.runtime.messages import Usage
 
 
 class PromptTokensDetails(Struct, frozen=True):
@@ -29,28 +29,90 @@ class ChatUsage(Struct, frozen=True):
     completion_tokens_details: CompletionTokensDetails = CompletionTokensDetails()
 
 
+class TopLogprob(Struct, frozen=True):
+    token: str
+    logprob: float
+    bytes: tuple[int, ...]
+
+
+class TokenLogprob(Struct, frozen=True):
+    """One token of the text; the bytes of all, joined, are the text's."""
+
+    token: str
+    logprob: float
+    bytes: tuple[int, ...]
+    top_logprobs: tuple[TopLogprob, ...]
+
+
+class ChoiceLogprobs(Struct, frozen=True):
+    content: tuple[TokenLogprob, ...]
+    refusal: None = None
+
+
 class AnswerMessage(Struct, frozen=True):
     content: str
     role: Literal["assistant"] = "assistant"
     refusal: str | None = None
 
 
-class Choice(Struct, frozen=True):
+class Choice(Struct, frozen=True, kw_only=True):
+    index: int
     message: AnswerMessage
-    finish_reason: FinishReason
-    index: int = 0
-    logprobs: None = None
+    logprobs: ChoiceLogprobs | None
+    finish_reason: str
+    stop_reason: str | int | None  # the stop string or token of the request that ended it
     token_ids: tuple[int, ...] | UnsetType = UNSET  # with return_token_ids; the end token included
 
 
-class ChatCompletion(Struct, frozen=True):
+class ChatCompletion(Struct, frozen=True, kw_only=True):
     id: str
+    object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
+    system_fingerprint: str
     choices: tuple[Choice, ...]
     usage: ChatUsage
-    object: Literal["chat.completion"] = "chat.completion"
     prompt_token_ids: tuple[int, ...] | UnsetType = UNSET  # with return_token_ids; image placeholders expanded
+
+
+class LegacyLogprobs(Struct, frozen=True):
+    """Of a text completion: lists with an entry for every token of the text."""
+
+    tokens: tuple[str, ...]
+    token_logprobs: tuple[float, ...]
+    top_logprobs: tuple[dict[str, float], ...]
+    text_offset: tuple[int, ...]  # of its first character
+
+
+class TextChoice(Struct, frozen=True, kw_only=True):
+    index: int
+    text: str
+    logprobs: LegacyLogprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    token_ids: tuple[int, ...] | UnsetType = UNSET  # with return_token_ids
+    prompt_token_ids: tuple[int, ...] | UnsetType = UNSET
+
+
+class TextCompletion(Struct, frozen=True, kw_only=True):
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: tuple[TextChoice, ...]
+    usage: ChatUsage
+
+
+class TokenizeAnswer(Struct, frozen=True):
+    count: int
+    max_model_len: int
+    tokens: tuple[int, ...]
+    token_strs: tuple[str | None, ...] | None
+
+
+class DetokenizeAnswer(Struct, frozen=True):
+    prompt: str
 
 
 class ErrorDetail(Struct, frozen=True):
@@ -62,19 +124,6 @@ class ErrorDetail(Struct, frozen=True):
 
 class ErrorBody(Struct, frozen=True):
     error: ErrorDetail
-
-
-class ModelCard(Struct, frozen=True):
-    id: str
-    created: int
-    max_model_len: int
-    object: Literal["model"] = "model"
-    owned_by: str = "vlmrt"
-
-
-class ModelList(Struct, frozen=True):
-    data: tuple[ModelCard, ...]
-    object: Literal["list"] = "list"
 
 
 encode_json = msgspec.json.Encoder().encode

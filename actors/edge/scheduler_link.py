@@ -186,16 +186,21 @@ class SchedulerLink:
             self._asked.pop(number, None)
 
     @contextmanager
-    def submit(self, submit: Submit, images: Iterable[IdentifiedImage]) -> Iterator[OpenRequest]:
+    def submit(
+        self, submit: Submit, images: Iterable[IdentifiedImage], news: asyncio.Event, *, begun: bool = False
+    ) -> Iterator[OpenRequest]:
         """The request is open inside the block; left before its end, it is aborted, without waiting.
 
+        Args: news is set whenever the request has something to take; begun: it belongs to an answer that is under
+        way, which the edge lets finish even while it takes no new ones.
         Raises: RequestError 503 where the scheduler is not up or does not take more.
         """
-        self.check_open()
+        if self._scheduler is None or not begun:
+            self.check_open()
         assert self._scheduler is not None
         if submit.lookup_id and submit.lookup_id not in self._asked:
             raise unavailable("the scheduler was restarted while the request was looked at")
-        request = OpenRequest(submit.request_id, self._scheduler[1], images)
+        request = OpenRequest(submit.request_id, self._scheduler[1], images, news)
         self._open[submit.request_id] = request
         self._none_open.clear()
         sent = False
@@ -208,9 +213,14 @@ class SchedulerLink:
             del self._open[submit.request_id]
             if not self._open:
                 self._none_open.set()
-            if sent and not request.ended:
-                request.ended = True
-                self._tell(Abort(submit.request_id))
+            if sent:
+                self.abort(request)
+
+    def abort(self, request: OpenRequest) -> None:
+        """Nobody needs more of this request, if it has not ended yet."""
+        if not request.ended:
+            request.ended = True
+            self._tell(Abort(request.request_id))
 
     def _tell(self, message: Abort | MediaUnsent | ForgetLookUp) -> None:
         """At once, or when the channel has room again."""

@@ -1,15 +1,13 @@
-"""One answer on its way out: server-sent events to the byte, and the connection they are written to."""
+"""The connection that a streamed answer is written to."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Literal
 
 from aiohttp import web
 
-from vlmrt.actors.edge.responses import ChatUsage, encode_json, error_body
+from vlmrt.actors.edge.responses import error_body
 from vlmrt.runtime.errors import RequestError
-from vlmrt.runtime.messages import FinishReason
 
 DONE = b"data: [DONE]\n\n"
 FREE_BYTES = 16 << 10  # of a transport's buffer; it stops taking more at 64 KiB
@@ -18,42 +16,6 @@ HEADERS = {
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",
 }
-
-UsageStyle = Literal["none", "last", "every"]
-
-
-class ChunkEncoder:
-    """The chunks of one answer.  What is the same in all of them is encoded once.
-
-    Args: usage "last" adds a chunk of its own before the end, and null to the others; with "every" the caller also
-    gives the counts so far to every chunk.
-    """
-
-    def __init__(self, answer_id: str, created: int, model: str, usage: UsageStyle) -> None:
-        constant = encode_json({"id": answer_id, "object": "chat.completion.chunk", "created": created, "model": model})
-        self._start = b"data: " + constant[:-1] + b',"choices":['
-        self._delta = self._start + b'{"index":0,"delta":'
-        self.usage = usage
-        self._end = b'],"usage":null}\n\n' if usage == "last" else b"]}\n\n"
-
-    def role(self, usage: ChatUsage | None = None) -> bytes:
-        """The first chunk; it goes out with the first token, never earlier."""
-        return self._chunk(b'{"role":"assistant","content":""}', b"null", usage)
-
-    def text(self, text: str, usage: ChatUsage | None = None) -> bytes:
-        return self._chunk(b'{"content":' + encode_json(text) + b"}", b"null", usage)
-
-    def finish(self, reason: FinishReason, usage: ChatUsage | None = None) -> bytes:
-        return self._chunk(b"{}", b'"' + reason.encode() + b'"', usage)
-
-    def end(self, usage: ChatUsage) -> bytes:
-        if self.usage == "none":
-            return DONE
-        return self._start + b'],"usage":' + encode_json(usage) + b"}\n\n" + DONE
-
-    def _chunk(self, delta: bytes, reason: bytes, usage: ChatUsage | None) -> bytes:
-        end = b'],"usage":' + encode_json(usage) + b"}\n\n" if usage is not None else self._end
-        return b"".join((self._delta, delta, b',"logprobs":null,"finish_reason":', reason, b"}", end))
 
 
 class EventStream:
@@ -84,10 +46,11 @@ class EventStream:
                 transport.abort()
             raise ConnectionResetError("the client reads too slowly") from None
 
-    async def fail(self, error: RequestError) -> None:
-        """An error after the stream began: the last event before the end mark."""
-        await self.write(b"data: " + error_body(error) + b"\n\n" + DONE)
-
     async def close(self) -> web.StreamResponse:
         await self._response.write_eof()
         return self._response
+
+
+def failed_stream(error: RequestError) -> bytes:
+    """An error after the stream began: the last event before the end mark."""
+    return b"data: " + error_body(error) + b"\n\n" + DONE

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from vlmrt.actors.edge.detokenizer import Detokenizer, StopFinder, Vocabulary
+from vlmrt.actors.edge.detokenizer import Detokenizer, StopFinder, TextRule, Vocabulary
 
 CORPUS = ("the answer is plain text and more text, thoroughly", "漢字 你好 世界", "emoji 🙂🙃 👩‍👩‍👧", "مرحبا é è ü")
 TEXTS = (
@@ -123,10 +123,10 @@ def test_a_stop_string_cut_at_every_byte_never_leaks(stop: str) -> None:
     ids = byte_ids(before + stop + after)
     for cut in range(1, len(ids)):
         for groups in ([ids[:cut], ids[cut:]], [[id] for id in ids], [ids[:cut], *([id] for id in ids[cut:])]):
-            detokenizer = Detokenizer(vocabulary, (stop,))
+            detokenizer = Detokenizer(vocabulary, TextRule((stop,)))
             shown = "".join(detokenizer.push(group) for group in groups) + detokenizer.flush()
             assert shown == before
-            assert detokenizer.stopped
+            assert detokenizer.stop == stop
 
 
 def byte_ids(text: str) -> list[int]:
@@ -153,13 +153,15 @@ def test_text_is_cut_at_the_first_stop_however_it_arrives(text: str, stops: list
         if finder.found is not None:
             break
     shown += finder.flush()
-    earliest = min((text.find(stop) for stop in stops if stop in text), default=None)
-    if earliest is None:
+    ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
+    if not ends:
         assert (shown, finder.found) == (text, None)
     else:
         assert finder.found is not None
         assert finder.found not in shown
         assert text.startswith(shown + finder.found)
+        assert len(shown + finder.found) == min(ends)
+        assert len(finder.found) == max(len(stop) for stop in stops if text[: min(ends)].endswith(stop))
 
 
 def test_text_that_only_looked_like_a_stop_comes_out_at_the_end() -> None:
@@ -171,8 +173,23 @@ def test_text_that_only_looked_like_a_stop_comes_out_at_the_end() -> None:
 
 def test_stop_strings_wait_for_min_tokens() -> None:
     vocabulary, ids = VOCABULARIES["bytes"], byte_ids("aXbXc")
-    detokenizer = Detokenizer(vocabulary, ("X",), min_tokens=2)
+    detokenizer = Detokenizer(vocabulary, TextRule(("X",)), min_tokens=2)
     assert "".join(detokenizer.push([id]) for id in ids) == "aXb"
-    assert detokenizer.stopped
-    detokenizer = Detokenizer(vocabulary, ("X",), min_tokens=2)
+    assert detokenizer.stop == "X"
+    detokenizer = Detokenizer(vocabulary, TextRule(("X",)), min_tokens=2)
     assert detokenizer.push(ids) == "aXb"
+
+
+def test_a_stop_string_may_be_shown() -> None:
+    for groups in (["one END two"], list("one END two")):
+        finder = StopFinder(("END",), include=True)
+        assert "".join(map(finder.push, groups)) + finder.flush() == "one END"
+
+
+def test_special_tokens_may_be_shown() -> None:
+    tokenizer = TOKENIZERS["byte-level"]
+    end = tokenizer.get_vocab()["<|im_end|>"]
+    ids = [*tokenizer.encode("hi", add_special_tokens=False).ids, end, 99_999]
+    detokenizer = Detokenizer(VOCABULARIES["byte-level"], TextRule(skip_special_tokens=False))
+    assert detokenizer.push(ids) + detokenizer.flush() == tokenizer.decode(ids, skip_special_tokens=False)
+    assert detokenizer.flush() == ""

@@ -17,10 +17,10 @@ import pytest
 from aiohttp import web
 
 from vlmrt.actors.edge import fetch as edge_fetch
+from vlmrt.actors.edge.chat_request import ImageSource
 from vlmrt.actors.edge.fetch import MediaFetcher, decode_data_url
 from vlmrt.actors.edge.media_policy import MediaPolicy, RefusedUrl, is_public
 from vlmrt.actors.edge.open_requests import MediaBudget, MediaLease
-from vlmrt.actors.edge.openai import ImageSource
 from vlmrt.runtime.config import ServerOptions
 from vlmrt.runtime.errors import RequestError, StartupError
 
@@ -231,7 +231,7 @@ class Fetching:
     async def get(self, url: str, *allowed: str, budget: int = 1 << 30, **options: Any) -> bytes:
         server = ServerOptions(allowed_media_domains=allowed, **options)
         fetcher = MediaFetcher(server, self._executor, self._resolve)
-        return await fetcher.fetch(ImageSource(url, "url", False), MediaLease(MediaBudget(budget)))
+        return await fetcher.fetch(ImageSource(url, "url"), MediaLease(MediaBudget(budget)))
 
     async def refused(self, url: str, *allowed: str, **options: Any) -> RequestError:
         with pytest.raises(RequestError) as refused:

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 
 from tests.actors.edge.encoded_images import all_images, save
 from tests.pictures import noise
+from vlmrt.actors.edge.chat_request import PixelLimits
 from vlmrt.actors.edge.identify import LOW_DETAIL_PIXELS, IdentifiedImage, ImageIdentifier
 from vlmrt.actors.edge.image_header import NotAnImage, read_image_header
 from vlmrt.actors.models.config import ImageProcessing
@@ -95,12 +96,12 @@ async def identify(
     data: bytes,
     processing: ImageProcessing = PROCESSING,
     identity: str = "model@1",
-    low_detail: bool = False,
+    limits: PixelLimits | None = None,
     cache_salt: str = "",
 ) -> IdentifiedImage:
     identifier = ImageIdentifier(processing, identity, MAX_PIXELS)
     return await identifier.identify(
-        data, low_detail=low_detail, cache_salt=cache_salt, param="messages[0]", executor=executor
+        data, limits=limits or PixelLimits(), cache_salt=cache_salt, param="messages[0]", executor=executor
     )
 
 
@@ -113,7 +114,7 @@ async def test_a_key_binds_the_bytes_and_every_option(executor: ThreadPoolExecut
         await identify(executor, other),
         await identify(executor, data, identity="model@2"),
         await identify(executor, data, cache_salt="a"),
-        await identify(executor, data, low_detail=True),
+        await identify(executor, data, limits=PixelLimits(low_detail=True)),
         await identify(executor, data, replace(PROCESSING, max_pixels=28 * 28 * 100)),
         await identify(executor, data, replace(PROCESSING, min_pixels=57 * 57)),
         await identify(executor, data, replace(PROCESSING, image_mean=(0.5, 0.5, 0.4))),
@@ -127,7 +128,7 @@ async def test_a_key_binds_the_bytes_and_every_option(executor: ThreadPoolExecut
 
 async def test_low_detail_takes_fewer_tokens(executor: ThreadPoolExecutor) -> None:
     data = save(noise(900, 800, 0), "JPEG")
-    high, low = await identify(executor, data), await identify(executor, data, low_detail=True)
+    high, low = await identify(executor, data), await identify(executor, data, limits=PixelLimits(low_detail=True))
     assert low.num_tokens < high.num_tokens
     assert low.target_size[0] * low.target_size[1] <= LOW_DETAIL_PIXELS
     assert low.size == high.size == (900, 800)

@@ -14,11 +14,12 @@ import pytest
 from tests.actors.edge.running import edge_config, running_edge
 from tests.support import FakeContext
 from vlmrt.actors.edge.actor import EdgeActor
-from vlmrt.actors.edge.openai import parse_chat_request
+from vlmrt.actors.edge.chat_request import parse_chat_request
 from vlmrt.actors.edge.sampling import SamplingDefaults
 from vlmrt.actors.models.config import GenerationDefaults
 from vlmrt.runtime.actor import ActorContext
 from vlmrt.runtime.errors import StartupError
+from vlmrt.runtime.messages import StopRule
 from vlmrt.tools.checkpoint import make_checkpoint
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -165,7 +166,7 @@ def _chat(**fields: Any) -> Any:
 
 def test_a_client_can_turn_every_default_off() -> None:
     defaults = SamplingDefaults(GenerationDefaults(temperature=0.3, top_p=0.7, top_k=9, eos_token_ids=(1,)), (2,), 100)
-    sampling = defaults.sampling(_chat(temperature=0, top_p=1, top_k=-1, repetition_penalty=1))
+    sampling = defaults.sampling(_chat(temperature=0, top_p=1, top_k=-1, repetition_penalty=1), StopRule(10))
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.0, 1.0, 0)
     assert defaults.stop_rule(_chat(), 10).stop_token_ids == (1, 2)
     assert defaults.stop_rule(_chat(ignore_eos=True), 10).stop_token_ids == ()

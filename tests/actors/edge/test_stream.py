@@ -17,7 +17,7 @@ from vlmrt.runtime.messages import Sampling
 HELLO = [{"role": "user", "content": "Hello"}]
 BODY = {"model": MODEL, "messages": HELLO, "stream": True}
 
-START = '{"id":"ID","object":"chat.completion.chunk","created":CREATED,"model":"test-model","choices":['
+START = '{"id":"ID","object":"chat.completion.chunk","created":CREATED,"model":"test-model","system_fingerprint":"FINGERPRINT","choices":['
 GOLDEN = f"""\
 data: {START}{{"index":0,"delta":{{"role":"assistant","content":""}},"logprobs":null,"finish_reason":null}}]}}
 
@@ -25,7 +25,7 @@ data: {START}{{"index":0,"delta":{{"content":"He said \\"漢🙂\\"\\n"}},"logpr
 
 data: {START}{{"index":0,"delta":{{"content":"bye"}},"logprobs":null,"finish_reason":null}}]}}
 
-data: {START}{{"index":0,"delta":{{}},"logprobs":null,"finish_reason":"length"}}]}}
+data: {START}{{"index":0,"delta":{{}},"logprobs":null,"finish_reason":"length","stop_reason":null}}]}}
 
 data: [DONE]
 
@@ -52,6 +52,7 @@ async def test_the_stream_is_the_golden_one_to_the_byte(edge: RunningEdge) -> No
     first = json.loads(received.split(b"\n")[0].removeprefix(b"data: "))
     assert first["id"] == submit.request_id
     expected = GOLDEN.replace("ID", submit.request_id).replace("CREATED", str(first["created"]))
+    expected = expected.replace("FINGERPRINT", first["system_fingerprint"])
     assert received.decode() == expected
 
 
@@ -314,5 +315,11 @@ async def test_token_ids_are_returned_where_asked_for(edge: RunningEdge) -> None
     call = asyncio.create_task(_create(edge))
     await edge.answer(await edge.submitted(), "some words")
     assert "token_ids" not in (await call).model_dump()["choices"][0]
-    with pytest.raises(openai.BadRequestError, match="return_token_ids"):
-        await _create(edge, stream=True, extra_body={"return_token_ids": True})
+
+
+async def test_token_ids_are_streamed_once_each(edge: RunningEdge) -> None:
+    got = await chunks(edge, "some words 漢🙂", return_token_ids=True)
+    assert got[0]["prompt_token_ids"]
+    assert all("prompt_token_ids" not in chunk for chunk in got[1:])
+    token_ids = [id for chunk in got for choice in chunk["choices"] for id in choice.get("token_ids", ())]
+    assert token_ids == edge.ids("some words 漢🙂")

@@ -1,0 +1,221 @@
+"""Prompts -> requests to the scheduler -> news of their choices, as one answer that succeeds or fails whole."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import msgspec
+from msgspec import Struct
+
+from vlmrt.actors.edge.choice import Choice, ChoiceRule, Piece
+from vlmrt.actors.edge.detokenizer import Vocabulary
+from vlmrt.actors.edge.identify import IdentifiedImage
+from vlmrt.actors.edge.open_requests import RETRY_AFTER_S, OpenRequest
+from vlmrt.actors.edge.prompt import Prompt
+from vlmrt.actors.edge.responses import ChatUsage, chat_usage
+from vlmrt.actors.edge.scheduler_link import SchedulerLink
+from vlmrt.runtime.config import SchedulingOptions
+from vlmrt.runtime.errors import RequestError
+from vlmrt.runtime.messages import RequestId, Submit, TokenOutput, Usage
+from vlmrt.runtime.metrics import Metrics
+
+
+class Generation(Struct, frozen=True):
+    """One prompt that the scheduler can run, and what is asked of it."""
+
+    prompt: Prompt
+    rule: ChoiceRule  # its sampling is that of the first choice; the others' seeds follow
+    num_choices: int = 1
+    images: tuple[IdentifiedImage, ...] = ()
+    cache_salt: str = ""
+    priority: int = 0
+    lookup_id: int = 0
+
+
+class Generator:
+    """Runs generations, with the scheduler behind this link."""
+
+    def __init__(
+        self, link: SchedulerLink, vocabulary: Vocabulary, scheduling: SchedulingOptions, metrics: Metrics
+    ) -> None:
+        self._link = link
+        self._vocabulary = vocabulary
+        self._max_open = scheduling.max_num_seqs + scheduling.max_waiting
+        self._metrics = metrics
+
+    @contextmanager
+    def run(self, answer_id: str, generations: Sequence[Generation], arrived_s: float) -> Iterator[Answer]:
+        """The answer is under way inside the block; what has not ended when the block does is aborted.
+
+        Raises: RequestError 503 where the scheduler is not up or does not take more; 429 where it has no room for all
+        choices, 400 where it never has.
+        """
+        self._check_room(sum(generation.num_choices for generation in generations))
+        with ExitStack() as requests:
+            yield Answer(answer_id, generations, self._link, self._vocabulary, requests, self._metrics, arrived_s)
+
+    def _check_room(self, num_choices: int) -> None:
+        """What the scheduler would refuse only after some of an answer's requests have begun."""
+        if num_choices > self._max_open:
+            raise RequestError(
+                f"n asks for {num_choices} choices in all, more than the {self._max_open} that the server takes",
+                param="n",
+                code="invalid_value",
+            )
+        num_open = self._link.num_open
+        if num_choices > 1 and num_open + num_choices > self._max_open:
+            raise RequestError(
+                f"{num_open} requests are open and {self._max_open} is the limit: no room for {num_choices} choices",
+                status=429,
+                code="too_many_requests",
+                retry_after_s=RETRY_AFTER_S,
+            )
+
+
+class Answer:
+    """All choices of all prompts of one request, numbered in that order.
+
+    The first choice of a prompt is submitted at once; the others when its first token has come, so that they find the
+    prompt in the prefix cache.
+    """
+
+    def __init__(
+        self,
+        answer_id: str,
+        generations: Sequence[Generation],
+        link: SchedulerLink,
+        vocabulary: Vocabulary,
+        requests: ExitStack,
+        metrics: Metrics,
+        arrived_s: float,
+    ) -> None:
+        self._answer_id = answer_id
+        self._link = link
+        self._vocabulary = vocabulary
+        self._requests = requests
+        self._metrics = metrics
+        self._arrived_s = arrived_s
+        self._news = asyncio.Event()
+        self._has_tokens = False
+        self.num_choices = 0
+        self._firsts: list[_Run] = []
+        self._runs: list[_Run] = []
+        for generation in generations:
+            first = self._begin(generation, self.num_choices, 0)
+            self._firsts.append(first)
+            self.num_choices += generation.num_choices
+
+    @property
+    def ended(self) -> bool:
+        return len(self._runs) == self.num_choices and all(run.choice.ended for run in self._runs)
+
+    @property
+    def usage(self) -> ChatUsage:
+        """So far: every prompt once, the outputs of all choices."""
+        prompts = [first.generation.prompt for first in self._firsts]
+        total = Usage(
+            num_prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts),
+            num_cached_tokens=sum(first.num_cached_tokens for first in self._firsts),
+            num_output_tokens=sum(run.choice.num_tokens for run in self._runs),
+        )
+        return chat_usage(total, sum(prompt.num_image_tokens for prompt in prompts))
+
+    def elapsed_ms(self) -> int:
+        """Since the request arrived."""
+        return int((time.monotonic() - self._arrived_s) * 1000)
+
+    def fail(self, error: RequestError) -> None:
+        """End the answer with an error."""
+        for run in self._runs:
+            run.request.fail(error)
+
+    async def news(self) -> list[Piece]:
+        """What new tokens of one or more choices let out, which may be nothing yet.
+
+        Raises: RequestError of the first choice that failed.
+        """
+        while True:
+            self._news.clear()
+            pieces: list[Piece] = []
+            has_news = False
+            for run in list(self._runs):
+                if not run.choice.ended and (outputs := run.request.take()):
+                    has_news = True
+                    self._measure(run, outputs)
+                    piece = run.take(outputs)
+                    if piece is not None:
+                        pieces.append(piece)
+                    self._after(run, piece)
+            if has_news:
+                if self.ended:
+                    self._metrics.observe("e2e_request_latency_seconds", time.monotonic() - self._arrived_s)
+                return pieces
+            await self._news.wait()
+
+    def _begin(self, generation: Generation, first_index: int, number: int) -> _Run:
+        """Submit choice `number` of a generation."""
+        index = first_index + number
+        is_last = number == generation.num_choices - 1
+        sampling = generation.rule.sampling
+        submit = Submit(
+            request_id=RequestId(f"{self._answer_id}-{index}" if index else self._answer_id),
+            prompt_token_ids=generation.prompt.token_ids,
+            media=generation.prompt.media,
+            rope_delta=generation.prompt.rope_delta,
+            sampling=msgspec.structs.replace(sampling, seed=_wrapped(sampling.seed + number)) if number else sampling,
+            stop=generation.rule.stop,
+            cache_salt=generation.cache_salt,
+            priority=generation.priority,
+            lookup_id=generation.lookup_id if is_last else 0,  # until then, what was looked up stays
+        )
+        opened = self._link.submit(submit, generation.images, self._news, begun=number > 0)
+        request = self._requests.enter_context(opened)
+        run = _Run(generation, Choice(index, generation.rule, self._vocabulary), request)
+        if not number:
+            run.followers = range(1, generation.num_choices)
+        self._runs.append(run)
+        return run
+
+    def _after(self, run: _Run, piece: Piece | None) -> None:
+        """What the first token, or the end, of a choice entails."""
+        if piece is not None and piece.finish_reason is not None:
+            self._link.abort(run.request)  # where a stop string ended it
+            self._metrics.add("request_success_total", finished_reason=piece.finish_reason)
+        followers, run.followers = run.followers, range(0)
+        for number in followers:
+            self._begin(run.generation, run.choice.index, number)
+
+    def _measure(self, run: _Run, outputs: Sequence[TokenOutput]) -> None:
+        num_tokens = sum(len(output.token_ids) for output in outputs)
+        now_s = time.monotonic()
+        if num_tokens:
+            if not self._has_tokens:
+                self._has_tokens = True
+                self._metrics.observe("time_to_first_token_seconds", now_s - self._arrived_s)
+            elif run.last_token_s is not None:
+                self._metrics.observe("inter_token_latency_seconds", (now_s - run.last_token_s) / num_tokens)
+            run.last_token_s = now_s
+
+
+class _Run:
+    """One choice and the request that makes it."""
+
+    def __init__(self, generation: Generation, choice: Choice, request: OpenRequest) -> None:
+        self.generation = generation
+        self.choice = choice
+        self.request = request
+        self.followers = range(0)  # choices of its prompt that are submitted when its first token has come
+        self.num_cached_tokens = 0
+        self.last_token_s: float | None = None
+
+    def take(self, outputs: Sequence[TokenOutput]) -> Piece | None:
+        self.num_cached_tokens = outputs[-1].usage.num_cached_tokens
+        return self.choice.take(outputs)
+
+
+def _wrapped(seed: int) -> int:
+    """As an int64."""
+    return (seed + 2**63) % 2**64 - 2**63

@@ -1,0 +1,189 @@
+"""From a request's arrival to the last byte of its answer, for every route that generates."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from aiohttp import web
+from msgspec import Struct
+
+from vlmrt.actors.edge.body import read_json_body
+from vlmrt.actors.edge.choice import Piece
+from vlmrt.actors.edge.generation import Answer, Generation, Generator
+from vlmrt.actors.edge.open_requests import MediaBudget, MediaLease
+from vlmrt.actors.edge.scheduler_link import LookUp, SchedulerLink
+from vlmrt.actors.edge.stream import EventStream
+from vlmrt.runtime.config import ServerOptions
+from vlmrt.runtime.errors import RequestError
+from vlmrt.runtime.metrics import Metrics
+
+MAX_NAMED_FIELDS = 16
+_FIELD_NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
+
+logger = logging.getLogger(__name__)
+
+
+class AnswerFormat(Protocol):
+    """How one answer is written, whole or as server-sent events."""
+
+    def whole(self, answer: Answer, choices: Sequence[Piece]) -> bytes:
+        """The body; one piece for every choice, in order."""
+        ...
+
+    def begin(self, answer: Answer) -> bytes:
+        """What goes out with the first token of any choice, and never earlier."""
+        ...
+
+    def news(self, answer: Answer, pieces: Sequence[Piece]) -> bytes: ...
+
+    def end(self, answer: Answer) -> bytes:
+        """What follows the last news of the last choice."""
+        ...
+
+    def failed(self, error: RequestError) -> bytes:
+        """The end of a stream that broke after it began."""
+        ...
+
+
+class Prepared(Struct, frozen=True):
+    """What the scheduler is to run and how it is answered; the body it came from is no longer held."""
+
+    answer_id: str
+    generations: tuple[Generation, ...]
+    format: AnswerFormat
+    stream: bool
+    headers: dict[str, str] = {}
+
+
+Prepare = Callable[[web.Request, MediaLease, LookUp], Awaitable[Prepared]]
+
+
+class Responder:
+    """Answers requests; one call of `post` each."""
+
+    def __init__(
+        self,
+        options: ServerOptions,
+        link: SchedulerLink,
+        budget: MediaBudget,
+        generator: Generator,
+        metrics: Metrics,
+        write_timeout_s: float,
+    ) -> None:
+        self._options = options
+        self._link = link
+        self._budget = budget
+        self._generator = generator
+        self._metrics = metrics
+        self._write_timeout_s = write_timeout_s
+
+    async def post(self, request: web.Request, prepare: Prepare) -> web.StreamResponse:
+        """Answer one request.  Cancelled when the client goes; then what runs for it is aborted."""
+        try:
+            return await self._answer(request, prepare)
+        except (asyncio.CancelledError, ConnectionResetError):
+            self._metrics.add("requests_aborted_total")
+            raise
+
+    async def read_body(self, request: web.Request, lease: MediaLease) -> bytes:
+        return await read_json_body(request, self._options.max_body_mib << 20, lease)
+
+    async def _answer(self, request: web.Request, prepare: Prepare) -> web.StreamResponse:
+        arrived_s = time.monotonic()
+        self._link.check_open()
+        timeout_s = self._options.request_timeout_s
+        with self._budget.lease() as lease, self._link.look_up() as lookup:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    prepared = await prepare(request, lease, lookup)
+            except TimeoutError:
+                raise _too_late(timeout_s) from None
+            with (
+                self._generator.run(prepared.answer_id, prepared.generations, arrived_s) as answer,
+                _deadline(answer, arrived_s + timeout_s, timeout_s),
+            ):
+                if prepared.stream:
+                    return await self._stream(request, prepared, answer)
+                return await self._whole(prepared, answer)
+
+    async def _whole(self, prepared: Prepared, answer: Answer) -> web.Response:
+        pieces: list[list[Piece]] = [[] for _ in range(answer.num_choices)]
+        while not answer.ended:
+            for piece in await answer.news():
+                pieces[piece.index].append(piece)
+        body = prepared.format.whole(answer, [_joined(of_one) for of_one in pieces])
+        return web.Response(body=body, content_type="application/json", headers=_headers(prepared, answer))
+
+    async def _stream(self, request: web.Request, prepared: Prepared, answer: Answer) -> web.StreamResponse:
+        form = prepared.format
+        pieces = await answer.news()  # an error until here is an ordinary answer with its own status
+        stream = EventStream(request, _headers(prepared, answer), self._write_timeout_s)
+        try:
+            data = form.begin(answer)
+            while True:
+                data += form.news(answer, pieces)
+                if answer.ended:
+                    data += form.end(answer)
+                if data:
+                    await stream.write(data)
+                if answer.ended:
+                    break
+                pieces, data = await answer.news(), b""
+        except RequestError as error:
+            if not stream.begun:
+                raise
+            self._metrics.add("request_errors_total", code=error.code or str(error.status))
+            await stream.write(form.failed(error))
+        except ConnectionError:
+            raise
+        except Exception:
+            if not stream.begun:
+                raise
+            logger.exception("%s failed while it was streamed", prepared.answer_id)
+            self._metrics.add("request_errors_total", code="internal_error")
+            await stream.write(form.failed(RequestError("internal error", status=500, code="internal_error")))
+        return await stream.close()
+
+
+def _joined(pieces: Sequence[Piece]) -> Piece:
+    """All pieces of one choice as one."""
+    last = pieces[-1]
+    return Piece(
+        index=last.index,
+        deltas=tuple(delta for piece in pieces for delta in piece.deltas),
+        tokens=tuple(token for piece in pieces for token in piece.tokens),
+        token_ids=tuple(token_id for piece in pieces for token_id in piece.token_ids),
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+    )
+
+
+def _headers(prepared: Prepared, answer: Answer) -> dict[str, str]:
+    return {**prepared.headers, "openai-processing-ms": str(answer.elapsed_ms())}
+
+
+@contextmanager
+def _deadline(answer: Answer, at_s: float, timeout_s: float) -> Iterator[None]:
+    """Fail the answer at a time of the monotonic clock."""
+    loop = asyncio.get_running_loop()
+    timer = loop.call_later(max(0.0, at_s - time.monotonic()), lambda: answer.fail(_too_late(timeout_s)))
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _too_late(timeout_s: float) -> RequestError:
+    return RequestError(f"the request took longer than {timeout_s:g} s", status=504, code="request_timeout")
+
+
+def ignored_fields(names: Sequence[str]) -> dict[str, str]:
+    """The header that names the fields nobody reads, as far as a header may hold them."""
+    shown = [name if _FIELD_NAME.fullmatch(name) else "?" for name in names[:MAX_NAMED_FIELDS]]
+    return {"x-vlmrt-ignored": ",".join(shown + ["..."] * (len(names) > MAX_NAMED_FIELDS))} if names else {}
