@@ -13,10 +13,11 @@ _LARGEST_BELOW_ONE = 1 - 2**-24
 
 @dataclass(frozen=True, slots=True)
 class LogitBias:
-    """What is added to single logits of each row, B at most; the token ids of a row are distinct."""
+    """What is added to single logits of each row, B at most; several values for one token add up."""
 
     token_ids: Tensor  # int64 [R, B]; -1: no token
-    values: Tensor  # float32 [R, B]
+    values: Tensor  # float32 [R, B]; -inf: the token cannot be chosen
+    before: Tensor  # int64 [R, B]: holds for output positions below it
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,8 @@ class SamplingBatch:
     any_top_p: bool = True
     any_min_p: bool = True
     logit_bias: LogitBias | None = None  # None: no row has one
+    # int32 [R, ceil(V / 32)]; bit t % 32 of word t // 32 is clear: token t cannot be chosen; None: no row has a grammar
+    grammar_mask: Tensor | None = None
     rows: Tensor | None = None  # int64 [R]: where in the fields each row of the batch finds its own; None: at its index
 
     def gathered(self) -> "SamplingBatch":
@@ -50,7 +53,7 @@ class SamplingBatch:
         rows = self.rows
         if rows is None:
             return self
-        mask, counts, bias = self.prompt_mask, self.output_counts, self.logit_bias
+        mask, counts, bias, words = self.prompt_mask, self.output_counts, self.logit_bias, self.grammar_mask
         return replace(
             self,
             temperature=self.temperature[rows],
@@ -63,7 +66,8 @@ class SamplingBatch:
             seeds=self.seeds[rows],
             prompt_mask=None if mask is None else mask[rows],
             output_counts=None if counts is None else counts[rows],
-            logit_bias=None if bias is None else LogitBias(bias.token_ids[rows], bias.values[rows]),
+            logit_bias=None if bias is None else LogitBias(bias.token_ids[rows], bias.values[rows], bias.before[rows]),
+            grammar_mask=None if words is None else words[rows],
             rows=None,
         )
 
@@ -98,10 +102,10 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
 
 
 def sample_reference(logits: Tensor, batch: SamplingBatch) -> Tensor:
-    if batch.all_greedy and batch.prompt_mask is None and batch.logit_bias is None:
+    if batch.all_greedy and batch.prompt_mask is None and batch.logit_bias is None and batch.grammar_mask is None:
         return logits.argmax(dim=-1)  # needs no field
     batch = batch.gathered()
-    logits = penalised(biased(logits.float(), batch.logit_bias), batch)
+    logits = masked(penalised(biased(logits.float(), batch), batch), batch.grammar_mask)
     best = logits.argmax(dim=-1)  # the first of equals
     if batch.all_greedy:
         return best
@@ -112,11 +116,12 @@ def sample_reference(logits: Tensor, batch: SamplingBatch) -> Tensor:
     return torch.where(greedy, best, drawn)
 
 
-def biased(logits: Tensor, bias: LogitBias | None) -> Tensor:
+def biased(logits: Tensor, batch: SamplingBatch) -> Tensor:
     """Logits with each row's bias added, before anything else sees them."""
+    bias = batch.logit_bias
     if bias is None:
         return logits
-    named = bias.token_ids >= 0
+    named = (bias.token_ids >= 0) & (batch.positions[:, None] < bias.before)
     return logits.scatter_add(1, bias.token_ids.clamp(min=0), torch.where(named, bias.values, 0.0))
 
 
@@ -130,6 +135,14 @@ def penalised(logits: Tensor, batch: SamplingBatch) -> Tensor:
     logits = torch.where(logits > 0, logits / penalty, logits * penalty)
     logits = logits - batch.frequency_penalty[:, None] * batch.output_counts
     return logits - batch.presence_penalty[:, None] * generated
+
+
+def masked(logits: Tensor, words: Tensor | None) -> Tensor:
+    """Logits with -inf where a bit of the mask is clear."""
+    if words is None:
+        return logits
+    bits = words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=words.device)
+    return logits.masked_fill((bits & 1).flatten(1)[:, : logits.shape[1]] == 0, float("-inf"))
 
 
 def filtered(logits: Tensor, batch: SamplingBatch) -> Tensor:
@@ -156,7 +169,7 @@ def filtered(logits: Tensor, batch: SamplingBatch) -> Tensor:
 
 
 def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
-    """Choose one token per row: bias, penalties, temperature, top-k, top-p, min-p, then a Gumbel-max draw.
+    """Choose one token per row: bias, penalties, grammar, temperature, top-k, top-p, min-p, then a Gumbel-max draw.
 
     The noise comes from (seed, output position, token index) through integer arithmetic, so a draw does not depend
     on the other rows, nor on how often or where a batch ran before.

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from llguidance import LLTokenizer
 
 from vlmrt.actors.llm.cpu_threads import CpuThreads
+from vlmrt.actors.llm.grammar import GrammarCompiler, load_tokenizer
 from vlmrt.actors.llm.kv_cache import (
     KV_CACHE,
     LARGEST_STEP,
@@ -34,7 +36,12 @@ from vlmrt.actors.models.checkpoint_files import check_weight_files
 from vlmrt.actors.models.config import CheckpointError, ModelConfig
 from vlmrt.actors.models.gpu_memory import parameter_bytes
 from vlmrt.actors.models.qwen2_vl.language import LanguageModel
-from vlmrt.actors.models.registry import check_tensor_parallel, family, load_model_config
+from vlmrt.actors.models.registry import (
+    check_tensor_parallel,
+    family,
+    load_generation_defaults,
+    load_model_config,
+)
 from vlmrt.runtime.actor import ActorContext
 from vlmrt.runtime.config import Config
 from vlmrt.runtime.errors import StartupError
@@ -61,6 +68,7 @@ class LoadedRank:
     ready: LlmReady
     group: RankGroup
     runner: Runner
+    compiler: GrammarCompiler
 
     def attach(self, opened: OpenedSlab) -> None:
         self.runner.attach((opened.vit, opened.epoch), opened.slab)
@@ -85,6 +93,7 @@ class LoadedRank:
 
     def close(self) -> None:
         self.runner.clear()
+        self.compiler.close()
         if self.group.tp.size > 1:
             dist.destroy_process_group()
 
@@ -106,6 +115,7 @@ def load_rank(context: ActorContext) -> LoadedRank:
         model_config = load_model_config(Path(config.model.directory))
         check_tensor_parallel(model_config, config.parallel.tp)
         files = check_weight_files(Path(config.model.directory))
+        compiler = GrammarCompiler(partial(_load_tokenizer, Path(config.model.directory), model_config))
         if config.parallel.tp > 1:
             context.progress("joining ranks", 0, config.parallel.tp)
         group = join_group(
@@ -155,7 +165,8 @@ def load_rank(context: ActorContext) -> LoadedRank:
         slots = Slots(config.scheduling.max_num_seqs, config.model.max_model_len, config.scheduling.block_size)
         threads = CpuThreads(model, config.parallel.llm_threads) if device.type == "cpu" else None
         merge_size = model_config.vision.spatial_merge_size
-        runner = Runner(model, by_layer(cache), slots, merge_size, device, threads, config.parallel.tp, host_tier)
+        tp = config.parallel.tp
+        runner = Runner(model, by_layer(cache), slots, merge_size, device, threads, tp, host_tier, compiler)
         if device.type != "cpu":
             context.progress("recording steps", 0, 1)
             with room_for(RECORDED_STEPS, device, taken):
@@ -164,7 +175,14 @@ def load_rank(context: ActorContext) -> LoadedRank:
         if host_tier is not None:
             there_and_back = (BlockCopy(0, 0),)
             runner.complete(runner.launch(StepPlan(2, (), (), (), there_and_back, there_and_back)))
-    return LoadedRank(LlmReady(num_blocks, num_host_blocks, size), group, runner)
+    return LoadedRank(LlmReady(num_blocks, num_host_blocks, size), group, runner, compiler)
+
+
+def _load_tokenizer(directory: Path, model_config: ModelConfig) -> LLTokenizer:
+    """Raises: OSError, ValueError where there is none."""
+    of_defaults = load_generation_defaults(directory).eos_token_ids
+    eos_token_ids = tuple(dict.fromkeys((*of_defaults, *model_config.eos_token_ids)))  # those at which the edge stops
+    return load_tokenizer(directory, model_config.text.vocab_size, eos_token_ids)
 
 
 def _host_blocks(

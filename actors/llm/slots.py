@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmrt.actors.models.rope_index import MediaSpan
-from vlmrt.runtime.messages import NewSequence, Sampling
+from vlmrt.runtime.messages import LogitBias, NewSequence, Sampling
 
 
 class PlanError(ValueError):
@@ -96,6 +96,7 @@ class Slots:
 
 
 FLOAT_FIELDS = ("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+NUM_NEEDS = 7
 GREEDY_FLOATS = (0.0, 1.0, 0.0, 1.0, 0.0, 0.0)  # in the order of FLOAT_FIELDS: best token, nothing else in use
 
 
@@ -107,6 +108,14 @@ class SamplingFlags(NamedTuple):
     any_top_p: bool
     any_min_p: bool
     any_penalties: bool
+    any_bias: bool = False
+    any_grammar: bool = False
+    num_logprobs: int = -1  # the most of any row; -1: no row wants any
+
+    @property
+    def is_argmax(self) -> bool:
+        """Every row takes its best token by the logits as they are."""
+        return self.all_greedy and not (self.any_penalties or self.any_bias or self.any_grammar)
 
 
 class SlotSampling:
@@ -117,7 +126,10 @@ class SlotSampling:
         self.top_k = np.zeros(num_slots, np.int64)
         self.seed = np.zeros(num_slots, np.int64)
         self.penalised = np.zeros(num_slots, np.bool_)  # any of the three penalties is in use
-        self._needs = np.zeros(num_slots, np.int64)  # a bit for each field of SamplingFlags
+        self.has_grammar = np.zeros(num_slots, np.bool_)
+        self.num_logprobs = np.full(num_slots, -1, np.int64)
+        self.logit_bias: list[tuple[LogitBias, ...]] = [()] * num_slots
+        self._needs = np.zeros(num_slots, np.int64)  # a bit for each of the first NUM_NEEDS fields of SamplingFlags
 
     def put(self, slot: int, sampling: Sampling) -> None:
         self.floats[:, slot] = (
@@ -132,9 +144,26 @@ class SlotSampling:
         self.seed[slot] = sampling.seed
         penalties = (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty)
         self.penalised[slot] = penalties != (1.0, 0.0, 0.0)
-        needs = (sampling.temperature > 0, sampling.top_k, sampling.top_p < 1, sampling.min_p, self.penalised[slot])
+        self.has_grammar[slot] = bool(sampling.grammar)
+        self.num_logprobs[slot] = sampling.num_logprobs
+        self.logit_bias[slot] = sampling.logit_bias
+        needs = (
+            sampling.temperature > 0,
+            sampling.top_k,
+            sampling.top_p < 1,
+            sampling.min_p,
+            self.penalised[slot],
+            sampling.logit_bias,
+            sampling.grammar,
+        )
         self._needs[slot] = sum(1 << bit for bit, need in enumerate(needs) if need)
 
     def flags(self, slots: NDArray[np.int64]) -> SamplingFlags:
         needs = int(np.bitwise_or.reduce(self._needs[slots]))
-        return SamplingFlags(not needs & 1, bool(needs & 2), bool(needs & 4), bool(needs & 8), bool(needs & 16))
+        any_top_k, any_top_p, any_min_p, any_penalties, any_bias, any_grammar = (
+            bool(needs >> bit & 1) for bit in range(1, NUM_NEEDS)
+        )
+        num_logprobs = int(self.num_logprobs[slots].max(initial=-1))
+        return SamplingFlags(
+            not needs & 1, any_top_k, any_top_p, any_min_p, any_penalties, any_bias, any_grammar, num_logprobs
+        )

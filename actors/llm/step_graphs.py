@@ -292,8 +292,8 @@ class StepGraphs:
         """Image rows of the next step: [R, H] at int64 [R] places among its padded tokens."""
         self._image_rows.index_copy_(0, positions, rows.to(self._image_rows.dtype))
 
-    def run(self, recorded: Recorded, batch: HostBatch, flags: SamplingFlags) -> Tensor:
-        """Run a batch, whose image rows have been put: int64 [num_sequences] tokens, valid until the next run."""
+    def forward(self, recorded: Recorded, batch: HostBatch) -> Tensor:
+        """Run a batch, whose image rows have been put: logits [num_sequences, vocab_size], valid until the next run."""
         inputs = recorded.program.inputs
         host = recorded.program.hosts[recorded.num_runs % 2]
         recorded.num_runs += 1
@@ -304,8 +304,10 @@ class StepGraphs:
         host.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         host.copied.record()
         recorded.forward.replay()
-        if not flags.all_greedy:
-            return self._sampler.sample(recorded.logits, inputs.slots, inputs.output_positions, flags)
+        return recorded.logits
+
+    def argmax(self, recorded: Recorded) -> Tensor:
+        """What the sampler does where flags.is_argmax: int64 [num_sequences] tokens, valid until the next run."""
         recorded.greedy.replay()
         return recorded.token_ids
 

@@ -6,6 +6,7 @@ exactly one terminal TokenOutput unless its edge aborts it, and gives back its b
 
 from __future__ import annotations
 
+from itertools import repeat
 from typing import NamedTuple, assert_never
 
 from vlmrt.actors.scheduler.block_pool import BlockPool
@@ -50,16 +51,26 @@ from vlmrt.runtime.messages import (
     StepResult,
     Submit,
     TokenBatch,
+    TokenLogprobs,
     TokenOutput,
     Usage,
     VitReady,
 )
 
-_OUT_OF_MEMORY = WireError(
-    503,
-    "the GPU has no memory left for a step of this request; lower --max-num-batched-tokens or --gpu-memory-fraction",
-    "out_of_memory",
-)
+_ROW_ERRORS = {  # by FailedRow.reason
+    "out_of_memory": WireError(
+        503,
+        "the GPU has no memory left for a step of this request; lower --max-num-batched-tokens or "
+        "--gpu-memory-fraction",
+        "out_of_memory",
+    ),
+    "grammar": WireError(
+        400,
+        "the response_format or tools of this request came to a state with no possible next token; simplify the "
+        "schema, pattern or grammar, or leave out what contradicts it, such as a logit_bias",
+        "grammar_error",
+    ),
+}
 
 
 class Send(NamedTuple):
@@ -372,10 +383,14 @@ class State:
             self.counters.ignored_messages += 1
             return
         step = in_flight.popleft()
-        failed = frozenset(result.failed)
+        failed = {failure.row: failure.reason for failure in result.failed}
         num_samples = sum(row.sample for index, row in enumerate(step.rows) if index not in failed)
         if len(result.token_ids) != num_samples:
             raise ValueError(f"step {result.step} samples {num_samples} tokens, its result has {len(result.token_ids)}")
+        if len(result.logprobs) not in (0, num_samples):
+            raise ValueError(
+                f"step {result.step} has {num_samples} tokens, and {len(result.logprobs)} log-probabilities"
+            )
         self.embeds.end_step(self.llm.epoch, result.step)
         if not failed and not step.loads:  # what loads take is neither decoding nor prefill
             self.planner.pacing.observe(step.num_decode_rows, step.num_prefill_tokens, result.duration_ms)
@@ -383,19 +398,19 @@ class State:
             self.planner.kv.host.unpin(load.host_block_ids)
             if load.is_current:
                 self._on_tokens(load.request, len(load.host_block_ids) * self.limits.block_size)
-        token_ids = iter(result.token_ids)
+        tokens = zip(result.token_ids, result.logprobs or repeat(None), strict=False)
         for index, row in enumerate(step.rows):
             if index in failed:
                 if row.is_current:
-                    self._fail(row.request, _OUT_OF_MEMORY)
+                    self._fail(row.request, _ROW_ERRORS[failed[index]])
                 continue
-            token_id = next(token_ids) if row.sample else None
+            token_id, logprobs = next(tokens) if row.sample else (None, None)
             if row.is_current:
-                self._on_row(row.request, row.num_tokens, token_id)
+                self._on_row(row.request, row.num_tokens, token_id, logprobs)
             elif row.sample:
                 self.counters.discarded_tokens += 1
 
-    def _on_row(self, request: Request, num_tokens: int, token_id: int | None) -> None:
+    def _on_row(self, request: Request, num_tokens: int, token_id: int | None, logprobs: TokenLogprobs | None) -> None:
         """A row of a request that is still in the run it was planned for."""
         self._on_tokens(request, num_tokens)
         if token_id is None:
@@ -404,13 +419,14 @@ class State:
         request.token_ids.append(token_id)
         self.counters.output_tokens += 1
         num_output_tokens = len(request.token_ids) - request.num_prompt_tokens
+        found = () if logprobs is None else (logprobs,)
         if token_id in request.stop.stop_token_ids and num_output_tokens >= request.stop.min_tokens:
-            self._finish(request, (token_id,), "stop")
+            self._finish(request, "stop", (token_id,), found)
         elif num_output_tokens >= request.max_tokens:
-            self._finish(request, (token_id,), "length")
+            self._finish(request, "length", (token_id,), found)
         else:
             usage = Usage(request.num_prompt_tokens, request.num_cached_tokens or 0, num_output_tokens)
-            self._put_output(request.edge, TokenOutput(request.request_id, (token_id,), usage))
+            self._put_output(request.edge, TokenOutput(request.request_id, (token_id,), usage, logprobs=found))
 
     def _on_tokens(self, request: Request, num_tokens: int) -> None:
         """The keys and values of its next tokens are there: computed, or loaded."""
@@ -447,12 +463,19 @@ class State:
         self.planner.end(request)
         self.media.want_nothing(request)
 
-    def _finish(self, request: Request, token_ids: tuple[int, ...], reason: FinishReason) -> None:
+    def _finish(
+        self,
+        request: Request,
+        reason: FinishReason,
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprobs, ...] = (),
+    ) -> None:
         if reason == "stop":
             self.counters.requests_stopped += 1
         else:
             self.counters.requests_cut += 1
-        self._put_output(request.edge, TokenOutput(request.request_id, token_ids, request.usage, reason))
+        output = TokenOutput(request.request_id, token_ids, request.usage, reason, logprobs=logprobs)
+        self._put_output(request.edge, output)
         self._end(request)
 
     def _fail(self, request: Request, error: WireError) -> None:
@@ -517,7 +540,7 @@ class State:
                 self._fit(request)
             except RequestError as error:
                 if request.num_output_tokens:  # begun on a group with a larger KV cache
-                    self._finish(request, (), "length")
+                    self._finish(request, "length")
                 else:
                     self._fail(request, error.to_wire())
 

@@ -31,6 +31,7 @@ LARGEST_REFERENCE = 64  # rows; the reference's sort needs many times the memory
 ASKED: dict[str, dict[str, float]] = {
     "greedy": {"temperature": 0.0},
     "greedy, penalties": {"temperature": 0.0, "repetition_penalty": 1.05},
+    "greedy, grammar": {"temperature": 0.0, "grammar": 1.0},
     "temperature": {"temperature": 0.7},
     "top-k 20": {"temperature": 0.7, "top_k": 20},
     "top-p 0.9": {"temperature": 0.7, "top_p": 0.9},
@@ -45,6 +46,11 @@ def random_logits(num_rows: int, peaked: bool) -> Tensor:
     if peaked:
         logits[:, torch.randperm(VOCAB_SIZE, device="cuda")[:300]] += 14 * torch.rand(num_rows, 300, device="cuda")
     return logits.bfloat16()
+
+
+def random_words(num_rows: int) -> Tensor:
+    """A grammar's mask that allows about half of the tokens."""
+    return torch.randint(-(2**31), 2**31, (num_rows, -(-VOCAB_SIZE // 32)), device="cuda").int()
 
 
 def make_batch(num_rows: int, asked: dict[str, float]) -> SamplingBatch:
@@ -65,6 +71,7 @@ def make_batch(num_rows: int, asked: dict[str, float]) -> SamplingBatch:
         positions=torch.randint(0, 1000, (num_rows,), device="cuda"),
         prompt_mask=torch.rand(shape, device="cuda") < 0.01 if penalties else None,
         output_counts=torch.randint(0, 2, shape, dtype=torch.int32, device="cuda") if penalties else None,
+        grammar_mask=random_words(num_rows) if "grammar" in asked else None,
         all_greedy=asked["temperature"] == 0.0,
         any_top_k="top_k" in asked,
         any_top_p="top_p" in asked,
@@ -79,7 +86,9 @@ def check() -> int:
         for peaked in (True, False):
             logits, batch = random_logits(32, peaked), make_batch(32, asked)
             ids = torch.randint(VOCAB_SIZE, (32, 5), device="cuda")
-            batch = replace(batch, logit_bias=LogitBias(ids, torch.randn(32, 5, device="cuda") * 5))
+            before = torch.randint(0, 1500, (32, 5), device="cuda")
+            bias = LogitBias(ids, torch.randn(32, 5, device="cuda") * 5, before)
+            batch = replace(batch, logit_bias=bias, grammar_mask=random_words(32))
             wrong += int((sample(logits, batch) != sample_reference(logits, batch)).sum())
             num_rows += 32
     print(f"{wrong} of {num_rows} rows differ from the reference")

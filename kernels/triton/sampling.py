@@ -29,6 +29,7 @@ from vlmrt.kernels.triton.compile_spec import CompileSpec
 
 SUBTILE = tl.constexpr(128)
 CHUNK = tl.constexpr(32)  # subtiles that a choosing program holds at once
+BIAS_BLOCK = tl.constexpr(64)  # biased tokens that are looked through at once
 NO_TOKEN = tl.constexpr(2**31 - 1)
 COUNT_BITS = tl.constexpr(21)  # three counts of tokens share one int64
 COUNT_MASK = tl.constexpr(2**21 - 1)
@@ -42,6 +43,7 @@ SMALL_TILE, LARGE_TILE, FILTER_TILE = 1024, 4096, 2048
 FEW_ROWS = 8
 SCAN_WARPS = {SMALL_TILE: 4, FILTER_TILE: 4, LARGE_TILE: 8}
 CHOOSE_WARPS, FILTER_WARPS = 4, 16
+USUAL_TOP = 32  # log-probabilities of a row, at least: one variant of the kernel serves all who ask for 20 or fewer
 
 
 @triton.jit
@@ -85,7 +87,11 @@ def _float_of_key(key):
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["bias_stride", "num_bias"])
+# What lies where in a step's inputs, and what its rows ask for, makes no other variant.
+@triton.jit(
+    do_not_specialize=["mask_stride", "num_bias", "has_penalties", "has_mask"],
+    do_not_specialize_on_alignment=["rows_ptr", "positions_ptr"],
+)
 def _scan_kernel(
     logits_ptr,
     rows_ptr,
@@ -102,6 +108,8 @@ def _scan_kernel(
     output_counts_ptr,
     bias_ids_ptr,
     bias_values_ptr,
+    bias_before_ptr,
+    mask_ptr,
     best_ptr,
     token_ptr,
     scaled_ptr,
@@ -110,17 +118,17 @@ def _scan_kernel(
     logits_stride,
     float_stride,
     integer_stride,
-    bias_stride,
+    mask_stride,
     num_bias,
+    has_penalties,
+    has_mask,
     vocab_size,
     num_subtiles,
     ALL_GREEDY: tl.constexpr,
     HAS_ROWS: tl.constexpr,
-    PENALTIES: tl.constexpr,
-    BIAS: tl.constexpr,
+    EXTRAS: tl.constexpr,
     FILTERS: tl.constexpr,
     TILE: tl.constexpr,
-    BIAS_BLOCK: tl.constexpr,
 ):
     tile = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
@@ -132,26 +140,33 @@ def _scan_kernel(
     valid = token < vocab_size
     x = tl.load(logits_ptr + row * logits_stride + token, mask=valid, other=float("-inf")).to(tl.float32)
 
-    if BIAS:
-        lane = tl.arange(0, BIAS_BLOCK)
-        biased = tl.load(bias_ids_ptr + source * bias_stride + lane, mask=lane < num_bias, other=-1)
-        if tl.sum(((biased >= tile * TILE) & (biased < (tile + 1) * TILE)).to(tl.int32)) > 0:
-            for i in range(num_bias):
-                biased_token = tl.load(bias_ids_ptr + source * bias_stride + i)
-                value = tl.load(bias_values_ptr + source * bias_stride + i)
-                x = tl.where(token == biased_token, x + value, x)
+    # Bias, penalties and grammar are one variant of this kernel, not eight: each compiles for the first who needs it.
+    if EXTRAS:
+        if has_mask != 0:  # first, since nothing that follows raises -inf
+            word = tl.load(mask_ptr + source * mask_stride + (token >> 5), mask=valid, other=0)
+            x = tl.where(((word >> (token & 31)) & 1) != 0, x, float("-inf"))
+        position = tl.load(positions_ptr + row)
+        for first in range(0, num_bias, BIAS_BLOCK):
+            lane = first + tl.arange(0, BIAS_BLOCK)
+            biased = tl.load(bias_ids_ptr + source * num_bias + lane, mask=lane < num_bias, other=-1)
+            if tl.sum(((biased >= tile * TILE) & (biased < (tile + 1) * TILE)).to(tl.int32)) > 0:
+                for i in range(first, tl.minimum(first + BIAS_BLOCK, num_bias)):
+                    biased_token = tl.load(bias_ids_ptr + source * num_bias + i)
+                    value = tl.load(bias_values_ptr + source * num_bias + i)
+                    holds = position < tl.load(bias_before_ptr + source * num_bias + i)
+                    x = tl.where((token == biased_token) & holds, x + value, x)
 
-    if PENALTIES:
-        repetition = tl.load(repetition_ptr + source * float_stride)
-        frequency = tl.load(frequency_ptr + source * float_stride)
-        presence = tl.load(presence_ptr + source * float_stride)
-        if (repetition != 1.0) | (frequency != 0.0) | (presence != 0.0):
-            in_prompt = tl.load(prompt_mask_ptr + source * vocab_size + token, mask=valid, other=0) != 0
-            count = tl.load(output_counts_ptr + source * vocab_size + token, mask=valid, other=0)
-            penalty = tl.where(in_prompt | (count > 0), repetition, 1.0)
-            x = tl.where(x > 0, tl.div_rn(x, penalty), x * penalty)
-            x = x - frequency * count.to(tl.float32)
-            x = x - presence * (count > 0).to(tl.float32)
+        if has_penalties != 0:
+            repetition = tl.load(repetition_ptr + source * float_stride)
+            frequency = tl.load(frequency_ptr + source * float_stride)
+            presence = tl.load(presence_ptr + source * float_stride)
+            if (repetition != 1.0) | (frequency != 0.0) | (presence != 0.0):
+                in_prompt = tl.load(prompt_mask_ptr + source * vocab_size + token, mask=valid, other=0) != 0
+                count = tl.load(output_counts_ptr + source * vocab_size + token, mask=valid, other=0)
+                penalty = tl.where(in_prompt | (count > 0), repetition, 1.0)
+                x = tl.where(x > 0, tl.div_rn(x, penalty), x * penalty)
+                x = x - frequency * count.to(tl.float32)
+                x = x - presence * (count > 0).to(tl.float32)
 
     score = x
     if not ALL_GREEDY:
@@ -281,7 +296,7 @@ def _winner(values_ptr, list_ptr, num, size, lowest, value, token, key):
     return tl.min(tl.where(scores == tl.max(scores), tokens, NO_TOKEN))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr", "positions_ptr"])
 def _choose_kernel(
     best_ptr,
     token_ptr,
@@ -382,15 +397,14 @@ def sample_triton(logits: Tensor, batch: SamplingBatch) -> Tensor:
     num_tiles = triton.cdiv(vocab_size, tile)
     num_subtiles = triton.cdiv(vocab_size, SUBTILE.value)
 
-    def scratch(width: int, dtype: torch.dtype, needed: bool = True) -> Tensor | None:
-        return torch.empty((num_rows, width), dtype=dtype, device=logits.device) if needed else None
+    def scratch(width: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty((num_rows, width), dtype=dtype, device=logits.device)
 
     best, tokens = scratch(num_tiles, torch.float32), scratch(num_tiles, torch.int32)
-    scaled = scratch(vocab_size, torch.float32, filters)
-    peaks, masses = (scratch(num_subtiles, torch.float32, filters) for _ in range(2))
-    listed = scratch(num_subtiles, torch.int32, filters)
-    mask, counts = batch.prompt_mask, batch.output_counts
-    bias = batch.logit_bias
+    scaled = scratch(vocab_size, torch.float32) if filters else None
+    peaks, masses = (scratch(num_subtiles, torch.float32) if filters else None for _ in range(2))
+    listed = scratch(num_subtiles, torch.int32) if filters else None
+    mask, counts, bias, words = batch.prompt_mask, batch.output_counts, batch.logit_bias, batch.grammar_mask
     floats = (
         batch.temperature,
         batch.top_p,
@@ -406,7 +420,15 @@ def sample_triton(logits: Tensor, batch: SamplingBatch) -> Tensor:
     assert not penalties or (
         mask is not None and mask.is_contiguous() and counts is not None and counts.is_contiguous()
     )
+    assert bias is None or all(each.is_contiguous() for each in (bias.token_ids, bias.values, bias.before))
+    assert words is None or words.stride(1) == 1
     num_bias = 0 if bias is None else bias.token_ids.shape[1]
+    extras = penalties or num_bias > 0 or words is not None
+
+    def given(table: Tensor | None, other: Tensor | None) -> Tensor | None:
+        """Where no row has extras nothing, and where some do any tensor of the type, so that one variant serves all."""
+        return None if not extras else other if table is None else table
+
     # Products and sums are rounded one by one, as eager operations do it.
     _scan_kernel[(num_tiles, num_rows)](
         logits,
@@ -415,10 +437,12 @@ def sample_triton(logits: Tensor, batch: SamplingBatch) -> Tensor:
         *floats,
         batch.top_k,
         batch.seeds,
-        mask.view(torch.uint8) if mask is not None else None,
-        counts,
-        None if bias is None else bias.token_ids,
-        None if bias is None else bias.values,
+        given(None if mask is None else mask.view(torch.uint8), tokens.view(torch.uint8)),
+        given(counts, tokens),
+        given(None if bias is None else bias.token_ids, chosen),
+        given(None if bias is None else bias.values, best),
+        given(None if bias is None else bias.before, chosen),
+        given(words, tokens),
         best,
         tokens,
         scaled,
@@ -427,17 +451,17 @@ def sample_triton(logits: Tensor, batch: SamplingBatch) -> Tensor:
         logits.stride(0),
         float_stride,
         integer_stride,
+        0 if words is None else words.stride(0),
         num_bias,
-        num_bias,
+        int(penalties),
+        int(words is not None),
         vocab_size,
         num_subtiles,
         ALL_GREEDY=batch.all_greedy,
         HAS_ROWS=batch.rows is not None,
-        PENALTIES=penalties,
-        BIAS=num_bias > 0,
+        EXTRAS=extras,
         FILTERS=filters,
         TILE=tile,
-        BIAS_BLOCK=triton.next_power_of_2(max(num_bias, 1)),
         num_warps=SCAN_WARPS[tile],
         enable_fp_fusion=False,
     )
@@ -535,14 +559,14 @@ def logprobs_triton(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Te
             num_tiles,
             num_top,
             TILES=triton.next_power_of_2(num_tiles),
-            TOP=triton.next_power_of_2(max(num_top, 1)),
+            TOP=max(USUAL_TOP, triton.next_power_of_2(num_top)),
             num_warps=CHOOSE_WARPS,
         )
     return chosen, top_ids, top_logprobs
 
 
 def compile_specs() -> list[CompileSpec]:
-    """Greedy, drawn without filters, and with all that a row can ask for, at the vocabulary of a 2B model."""
+    """Greedy, drawn without filters, and with all that a row can ask for; at the vocabulary of a 2B model."""
     vocab_size = 151_936
     types = {
         "logits_ptr": "*bf16",
@@ -553,6 +577,8 @@ def compile_specs() -> list[CompileSpec]:
         "prompt_mask_ptr": "*u8",
         "output_counts_ptr": "*i32",
         "bias_ids_ptr": "*i64",
+        "bias_before_ptr": "*i64",
+        "mask_ptr": "*i32",
         "token_ptr": "*i32",
         "list_ptr": "*i32",
         "chosen_ptr": "*i64",
@@ -568,18 +594,16 @@ def compile_specs() -> list[CompileSpec]:
 
         return CompileSpec(name, kernel, {each: type_of(each) for each in kernel.arg_names}, constants, num_warps, 3)
 
-    def scan(name: str, tile: int, greedy: bool, everything: bool) -> CompileSpec:
+    def scan(name: str, tile: int, greedy: bool, extras: bool, filters: bool = False) -> CompileSpec:
         return spec(
             f"sampling_scan_{name}",
             _scan_kernel,
             SCAN_WARPS[tile],
             ALL_GREEDY=greedy,
             HAS_ROWS=True,
-            PENALTIES=everything,
-            BIAS=everything,
-            FILTERS=everything,
+            EXTRAS=extras,
+            FILTERS=filters,
             TILE=tile,
-            BIAS_BLOCK=512,
         )
 
     def choose(name: str, tile: int, filters: bool, num_warps: int) -> CompileSpec:
@@ -598,9 +622,10 @@ def compile_specs() -> list[CompileSpec]:
         scan("greedy_few_rows", SMALL_TILE, True, False),
         scan("greedy", LARGE_TILE, True, False),
         scan("drawn", LARGE_TILE, False, False),
-        scan("everything", FILTER_TILE, False, True),
+        scan("greedy_extras", LARGE_TILE, True, True),
+        scan("everything", FILTER_TILE, False, True, True),
         choose("best", SMALL_TILE, False, CHOOSE_WARPS),
         choose("filtered", FILTER_TILE, True, FILTER_WARPS),
         spec("sampling_mass", _mass_kernel, SCAN_WARPS[LARGE_TILE], TILE=LARGE_TILE),
-        spec("sampling_logprob", _logprob_kernel, CHOOSE_WARPS, TILES=tiles, TOP=32),
+        spec("sampling_logprob", _logprob_kernel, CHOOSE_WARPS, TILES=tiles, TOP=USUAL_TOP),
     ]

@@ -147,7 +147,11 @@ def test_penalties_are_applied_in_order_to_prompt_and_output() -> None:
 
 def test_a_bias_is_added_to_the_logits_before_all_else() -> None:
     logits = torch.tensor([[1.0, 2.0, 3.0, 2.5], [1.0, 2.0, 3.0, 2.5]])
-    bias = LogitBias(torch.tensor([[0, 2, -1], [-1, -1, -1]]), torch.tensor([[1.6, -100.0, 9.0], [9.0, 9.0, 9.0]]))
+    bias = LogitBias(
+        torch.tensor([[0, 2, -1], [-1, -1, -1]]),
+        torch.tensor([[1.6, -100.0, 9.0], [9.0, 9.0, 9.0]]),
+        torch.full((2, 3), 2**31 - 1),
+    )
     greedy = {"temperature": 0.0, "all_greedy": True, "logit_bias": bias}
     assert sample(logits, batch(2, **greedy)).tolist() == [0, 2]
     # 1 + 1.6 is positive when the penalty divides it by 1.1: 2.36 is below 2.5
@@ -155,9 +159,62 @@ def test_a_bias_is_added_to_the_logits_before_all_else() -> None:
     assert sample(logits, batch(2, **greedy, **seen, repetition_penalty=1.1)).tolist() == [3, 2]
     drawn = sample(
         logits[:1].expand(500, -1),
-        batch(500, logit_bias=LogitBias(*(each[:1].expand(500, -1) for each in (bias.token_ids, bias.values)))),
+        batch(500, logit_bias=rows_of(bias, torch.zeros(500, dtype=torch.int64))),
     )
     assert set(drawn.tolist()) == {0, 1, 3}
+
+
+def rows_of(bias: LogitBias, rows: Tensor) -> LogitBias:
+    return LogitBias(bias.token_ids[rows], bias.values[rows], bias.before[rows])
+
+
+def test_biases_of_one_token_add_up_for_as_long_as_each_holds() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0]]).expand(4, -1)
+    infinite = float("-inf")
+    bias = LogitBias(
+        torch.tensor([[0, 1, 1, 0]]), torch.tensor([[infinite, 1.0, -3.0, 9.0]]), torch.tensor([[3, 99, 2, 1]])
+    )
+    bias = rows_of(bias, torch.zeros(4, dtype=torch.int64))
+    greedy = batch(4, temperature=0.0, all_greedy=True, positions=torch.arange(4), logit_bias=bias)
+    # banned at 0, 1 and 2, whatever is added; then 2 against 1 + 1, the first of equals
+    assert sample(logits, greedy).tolist() == [2, 2, 1, 0]
+
+
+def words_of(allowed: Tensor) -> Tensor:
+    """Bit t % 32 of word t // 32: whether token t is allowed, the bits past the vocabulary set."""
+    rows, vocab_size = allowed.shape
+    bits = torch.ones(rows, -(-vocab_size // 32) * 32, dtype=torch.int64)
+    bits[:, :vocab_size] = allowed
+    return (bits.view(rows, -1, 32) << torch.arange(32)).sum(-1).to(torch.int32)
+
+
+def test_only_tokens_of_the_grammar_s_mask_are_chosen() -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = normal(6, 70)
+    allowed = torch.rand(6, 70, generator=generator) < 0.1
+    allowed[0] = torch.arange(70) == 31  # the sign bit of a word
+    allowed[1] = torch.arange(70) == 69
+    allowed[2] = True
+    words = words_of(allowed)
+    best = logits.masked_fill(~allowed, float("-inf")).argmax(-1)
+    assert torch.equal(sample(logits, batch(6, temperature=0.0, all_greedy=True, grammar_mask=words)), best)
+    assert torch.equal(sample(logits, batch(6, top_k=1, grammar_mask=words)), best)
+    for position in range(50):
+        drawn = batch(6, positions=torch.full((6,), position), top_p=0.9, grammar_mask=words)
+        chosen = sample(logits, drawn)
+        assert allowed[torch.arange(6), chosen].all()
+        unmasked = sample(logits, batch(6, positions=torch.full((6,), position), top_p=0.9))
+        assert chosen[2] == unmasked[2]
+
+
+def test_a_mask_comes_after_bias_and_penalties_and_is_read_through_rows() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+    allowed = torch.tensor([[True] * 4, [True, True, False, False]])
+    bias = LogitBias(torch.tensor([[3], [3]]), torch.tensor([[100.0], [100.0]]), torch.full((2, 1), 9))
+    built = batch(2, temperature=0.0, all_greedy=True, grammar_mask=words_of(allowed), logit_bias=bias)
+    for row, best in ((0, 3), (1, 1)):
+        one = replace(built, rows=torch.tensor([row]), positions=torch.zeros(1, dtype=torch.int64))
+        assert sample(logits, one).tolist() == [best]
 
 
 def test_rows_choose_the_fields_of_a_batch() -> None:

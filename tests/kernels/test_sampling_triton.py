@@ -17,13 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from tests.kernels.exactness import assert_as_exact_as_eager
-from tests.kernels.test_sampling import batch, chi_square
+from tests.kernels.test_sampling import batch, chi_square, words_of
 from vlmrt.kernels.sampling import (
     LogitBias,
     SamplingBatch,
     biased,
     gumbel_noise,
     logprobs_reference,
+    masked,
     mix,
     penalised,
     sample_reference,
@@ -60,7 +61,7 @@ def on(device: str, value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, LogitBias):
-        return LogitBias(value.token_ids.to(device), value.values.to(device))
+        return LogitBias(value.token_ids.to(device), value.values.to(device), value.before.to(device))
     return value
 
 
@@ -90,7 +91,7 @@ def assert_chosen_as_defined(logits: Tensor, built: SamplingBatch, num_excused: 
     chosen = sample_triton(logits, built)
     reference = sample_reference(logits, built)
     own = built.gathered()
-    source = penalised(biased(logits.float(), own.logit_bias), own)
+    source = masked(penalised(biased(logits.float(), own), own), own.grammar_mask)
     greedy = own.temperature <= 0
     scaled = source / torch.where(greedy, 1.0, own.temperature)[:, None]
     noise = exact_noise(own.seeds, own.positions, logits.shape[1])
@@ -212,6 +213,9 @@ def test_penalties_and_bias_are_read_through_rows(place: Place) -> None:
     rows = torch.randperm(table, generator=generator)[: place.num_rows]
     token_ids = torch.stack([torch.randperm(place.vocab_size, generator=generator)[:7] for _ in range(table)])
     token_ids[0, 2:] = -1
+    token_ids[1:, 5] = token_ids[1:, 4]
+    values = torch.randn(table, 7, generator=generator) * 20
+    values[:, 6] = float("-inf")
     built = random_batch(
         tables,
         21,
@@ -222,7 +226,7 @@ def test_penalties_and_bias_are_read_through_rows(place: Place) -> None:
         presence_penalty=[0.5, 0.0, -0.2, 0.0, 0.0],
         prompt_mask=torch.rand(table, place.vocab_size, generator=generator) < 0.3,
         output_counts=torch.randint(0, 4, (table, place.vocab_size), generator=generator, dtype=torch.int32),
-        logit_bias=LogitBias(token_ids, torch.randn(table, 7, generator=generator) * 8),
+        logit_bias=LogitBias(token_ids, values, torch.randint(0, 2 * place.num_rows, (table, 7), generator=generator)),
     )
     positions = torch.arange(place.num_rows)
     built = at(place, replace(built, rows=rows, positions=positions))
@@ -230,6 +234,46 @@ def test_penalties_and_bias_are_read_through_rows(place: Place) -> None:
     chosen = assert_chosen_as_defined(logits, built)
     plain = sample_triton(logits, replace(built, logit_bias=None, prompt_mask=None, output_counts=None))
     assert place.num_rows == 1 or not torch.equal(chosen, plain)
+
+
+@pytest.mark.parametrize("name", ["greedy", "temperature", "top-k", "top-p", "all"])
+def test_tokens_outside_the_grammar_s_mask_are_never_chosen(place: Place, name: str) -> None:
+    """With few and many tokens allowed, of which fewer than k, and with one alone."""
+    generator = torch.Generator().manual_seed(25)
+    table = place.num_rows + 3
+    share = torch.tensor([1.0, 0.003, 0.3, 0.9])[torch.arange(table) % 4, None]
+    allowed = torch.rand(table, place.vocab_size, generator=generator) < share
+    alone = torch.randint(place.vocab_size, (table,), generator=generator)
+    allowed[torch.arange(table), alone] = True
+    allowed[1::7] = torch.arange(place.vocab_size) == alone[1::7, None]
+    asked = {"temperature": 0.0, "all_greedy": True} if name == "greedy" else ASKED[name]
+    wide = torch.zeros(
+        table, -(-place.vocab_size // 32) + 3, dtype=torch.int32
+    )  # its rows do not follow on one another
+    wide[:, :-3] = words_of(allowed)
+    built = random_batch(place._replace(num_rows=table), 26, **asked)
+    rows = torch.randperm(table, generator=generator)[: place.num_rows].to(place.device)
+    positions = torch.arange(place.num_rows, device=place.device)
+    built = replace(built, grammar_mask=wide[:, :-3].to(place.device), rows=rows, positions=positions)
+    chosen = assert_chosen_as_defined(normal_logits(place, 27), built)
+    assert allowed.to(place.device)[rows, chosen].all()
+
+
+def test_many_biases_find_their_tokens(place: Place) -> None:
+    """More than are looked through at once, in every tile."""
+    count = 300
+    generator = torch.Generator().manual_seed(28)
+    token_ids = torch.stack(
+        [torch.randperm(place.vocab_size, generator=generator)[:count] for _ in range(place.num_rows)]
+    )
+    values = torch.full((place.num_rows, count), -100.0)
+    values[:, 257] = 100.0
+    bias = LogitBias(token_ids, values, torch.full_like(token_ids, 1 << 31))
+    greedy = random_batch(place, 29, temperature=0.0, all_greedy=True, logit_bias=bias)
+    assert torch.equal(sample_triton(normal_logits(place, 28), greedy).cpu(), token_ids[:, 257])
+    forbidden = replace(greedy, logit_bias=replace(on(place.device, bias), values=on(place.device, values - 100.0)))
+    chosen = assert_chosen_as_defined(normal_logits(place, 28), forbidden)
+    assert not (chosen.cpu()[:, None] == token_ids[:, :257]).any()
 
 
 def test_equals_at_the_edge_are_all_kept_by_top_k_and_the_first_of_them_by_top_p(place: Place) -> None:

@@ -28,8 +28,10 @@ from vlmrt.runtime.messages import (
     EdgeReady,
     Encode,
     Epoch,
+    FailedRow,
     Hello,
     HostSlabExport,
+    LogitBias,
     MediaItem,
     Message,
     MmHash,
@@ -45,6 +47,7 @@ from vlmrt.runtime.messages import (
     Submit,
     SupervisorInbox,
     TokenBatch,
+    TokenLogprobs,
     TokenOutput,
     Usage,
     VitInbox,
@@ -59,15 +62,16 @@ SUBMIT = Submit(
     (1, 2, 3),
     (MediaItem(MmHash("ab" * 16), 1, 4, (1, 4, 4)),),
     -2,
-    Sampling(temperature=0.5, seed=-(2**63)),
+    Sampling(0.5, seed=-(2**63), logit_bias=(LogitBias(3, float("-inf"), 2),), num_logprobs=2, grammar="start: /a/"),
     StopRule(16, stop_token_ids=(7,)),
 )
+LOGPROBS = TokenLogprobs(-0.5, ((3, -0.25), (9, float("-inf"))))
 EXAMPLES: list[tuple[Any, Message]] = [
     (SchedulerInbox, SUBMIT),
     (SchedulerInbox, PixelsReady(MmHash("a"), ArenaRef(ActorName("media:0"), Epoch(1), 64, 12), (1, 2, 2, 3))),
-    (SchedulerInbox, StepResult(7, (5, 9), 1.5, (2, 3))),
+    (SchedulerInbox, StepResult(7, (5, 9), 1.5, (FailedRow(2, "grammar"),), (None, LOGPROBS))),
     (SchedulerInbox, DecodeFailed(MmHash("a"), WireError(400, "no image", "bad_image", "messages.0"))),
-    (EdgeInbox, TokenBatch((TokenOutput(RequestId("r1"), (5,), Usage(3, 0, 1), "stop"),))),
+    (EdgeInbox, TokenBatch((TokenOutput(RequestId("r1"), (5,), Usage(3, 0, 1), "stop", None, (LOGPROBS,)),))),
     (INBOXES["media"], Decode(MmHash("a"), b"\x00\xff" * 100, (4, 4), (28, 28), Epoch(1))),
     (
         VitInbox,

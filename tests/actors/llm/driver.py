@@ -32,6 +32,7 @@ from vlmrt.runtime.messages import (
     StepPlan,
     StepResult,
     StepRow,
+    TokenLogprobs,
 )
 from vlmrt.runtime.slab import SlabDtype
 
@@ -89,6 +90,7 @@ class Request:
     slot: int = -1
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_planned: int = 0  # tokens of the sequence, those not known yet included
 
     def __post_init__(self) -> None:
@@ -184,10 +186,14 @@ class Driver:
     def take(self, rows: Sequence[tuple[Request, int]], plan: StepPlan, result: StepResult) -> None:
         """Append what a step sampled; rows that failed have no token."""
         assert result.step == plan.step
-        pairs = [pair for index, pair in enumerate(zip(rows, plan.rows, strict=True)) if index not in result.failed]
+        failed = {failure.row for failure in result.failed}
+        pairs = [pair for index, pair in enumerate(zip(rows, plan.rows, strict=True)) if index not in failed]
         sampling = [request for (request, _), row in pairs if row.sample]
-        for request, token_id in zip(sampling, result.token_ids, strict=True):
+        assert len(result.logprobs) in (0, len(sampling))
+        logprobs = result.logprobs or (None,) * len(sampling)
+        for request, token_id, found in zip(sampling, result.token_ids, logprobs, strict=True):
             request.token_ids.append(token_id)
+            request.logprobs += [] if found is None else [found]
 
     def run(
         self,

@@ -28,7 +28,7 @@ from vlmrt.actors.llm.slots import Slots
 from vlmrt.actors.models.layers import TensorParallel
 from vlmrt.actors.models.qwen2_vl.language import LanguageModel
 from vlmrt.kernels.paged_attention import PagedBatch
-from vlmrt.runtime.messages import Sampling
+from vlmrt.runtime.messages import FailedRow, Sampling
 
 GRID = (1, 4, 6)
 
@@ -65,6 +65,10 @@ def make_driver(checkpoint: Checkpoint, model: Cramped) -> tuple[Driver, FakeSla
 def judge(checkpoint: Checkpoint, request: Request, inputs: dict[str, Tensor], count: int) -> None:
     assert len(request.output_ids) == count
     assert checkpoint.reference.judge(inputs, request.output_ids).num_ties <= 1
+
+
+def without_memory(row: int) -> tuple[FailedRow, ...]:
+    return (FailedRow(row, "out_of_memory"),)
 
 
 def begin(driver: Driver, requests: Sequence[Request]) -> None:
@@ -118,10 +122,10 @@ def test_only_the_sequence_that_fits_not_even_alone_is_lost(one_checkpoint: Chec
     next_plan = driver.plan(next_rows)
     next_launched = driver.runner.launch(next_plan)
     result = driver.runner.complete(launched)
-    assert result.failed == (3,)
+    assert result.failed == without_memory(3)
     driver.take(rows, plan, result)
     next_result = driver.runner.complete(next_launched)
-    assert next_result.failed == (place,)
+    assert next_result.failed == without_memory(place)
     driver.take(next_rows, next_plan, next_result)
     assert large.output_ids == []
     driver.release(large)
@@ -165,8 +169,8 @@ def test_a_sequence_whose_penalties_find_no_room_is_lost_alone(
     penalised, _ = one_checkpoint.prompt(151, 9, sampling=Sampling(presence_penalty=0.5))
     for request in (penalised, plain):
         driver.admit(request)
-    assert driver.run([(penalised, 4), (plain, 9)]).failed == (0,)
-    assert driver.run([(plain, 1), (penalised, 5)]).failed == (1,)
+    assert driver.run([(penalised, 4), (plain, 9)]).failed == without_memory(0)
+    assert driver.run([(plain, 1), (penalised, 5)]).failed == without_memory(1)
     driver.release(penalised)
     driver.decode([plain], 3)
     judge(one_checkpoint, plain, inputs, 5)
@@ -188,7 +192,7 @@ def test_a_cleared_rank_has_lost_nobody(one_checkpoint: Checkpoint) -> None:
     driver, _ = make_driver(one_checkpoint, model)
     large, _ = one_checkpoint.prompt(170, 20)
     driver.admit(large)
-    assert driver.run([(large, 20)]).failed == (0,)
+    assert driver.run([(large, 20)]).failed == without_memory(0)
     driver.runner.clear()
     driver = Driver(driver.runner)
     request, inputs = one_checkpoint.prompt(171, 8)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from tests.actors.scheduler.invariants import check_invariants
 from tests.support import make_config, peer_down, peer_up
@@ -19,6 +19,7 @@ from vlmrt.runtime.messages import (
     Encode,
     EncodeFailed,
     Epoch,
+    FailedRow,
     HostSlabExport,
     LlmReady,
     MediaItem,
@@ -35,6 +36,7 @@ from vlmrt.runtime.messages import (
     StopRule,
     Submit,
     TokenBatch,
+    TokenLogprobs,
     TokenOutput,
     VitReady,
 )
@@ -173,12 +175,20 @@ class Driver:
     def advance(self) -> list[StepPlan]:
         return messages(self._checked(self.state.advance(self.now_s)), StepPlan, "llm:0")
 
-    def result(self, *token_ids: int, duration_ms: float = 1.0, failed: tuple[int, ...] = ()) -> list[Send]:
+    def result(
+        self,
+        *token_ids: int,
+        duration_ms: float = 1.0,
+        failed: tuple[int, ...] = (),
+        reason: Literal["out_of_memory", "grammar"] = "out_of_memory",
+        logprobs: tuple[TokenLogprobs | None, ...] = (),
+    ) -> list[Send]:
         """The oldest step in flight ends; rows beyond those given sample token 7."""
         step = self.state.llm.in_flight[0]
         num_samples = sum(row.sample for index, row in enumerate(step.rows) if index not in failed)
         tokens = (*token_ids, *[7] * num_samples)[:num_samples]
-        return self.event("llm:0", StepResult(step.plan.step, tokens, duration_ms, failed))
+        lost = tuple(FailedRow(row, reason) for row in failed)
+        return self.event("llm:0", StepResult(step.plan.step, tokens, duration_ms, lost, logprobs))
 
     def run(self, *, num_steps: int = 1000) -> dict[str, list[TokenOutput]]:
         """Steps until nothing can run; every sampled token is 7.  Returns the outputs by request."""

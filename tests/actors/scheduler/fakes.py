@@ -25,6 +25,7 @@ from vlmrt.runtime.messages import (
     Encode,
     EncodeFailed,
     Epoch,
+    FailedRow,
     FinishReason,
     FreePixels,
     LlmInbox,
@@ -38,6 +39,7 @@ from vlmrt.runtime.messages import (
     StepResult,
     StopRule,
     Submit,
+    TokenLogprobs,
 )
 
 IMAGE_TOKEN = 0
@@ -60,6 +62,10 @@ def row_value(row: Row) -> int:
 def prompt_rows(media: tuple[MediaItem, ...]) -> dict[int, Row]:
     """Position -> the image row that belongs there."""
     return {item.start + row: (item.mm_hash, row) for item in media for row in range(item.num_tokens)}
+
+
+def fake_logprobs(token_id: int, num_output_tokens: int) -> TokenLogprobs:
+    return TokenLogprobs(-float(token_id), ((num_output_tokens, -0.5),))
 
 
 def sample(value: int, seed: int, num_output_tokens: int) -> int:
@@ -308,13 +314,13 @@ class FakeLlm:
         assert len({row.slot for row in plan.rows}) == len(plan.rows)
         orders = [1 if row.num_tokens > 1 else 0 if row.sample and not row.embeds else 2 for row in plan.rows]
         assert orders == sorted(orders), "decode rows come first, other single tokens last"
-        token_ids, failed = [], []
+        token_ids, logprobs, failed = [], [], []
         for index, row in enumerate(plan.rows):
             sequence = self.sequences[row.slot]
             sequence.block_ids += row.new_block_ids
             if row.slot in self.lost or self._finds_no_memory():
                 self.lost.add(row.slot)
-                failed.append(index)
+                failed.append(FailedRow(index, "out_of_memory"))
                 continue
             self._compute(sequence, row.start, row.num_tokens, row.embeds)
             end = row.start + row.num_tokens
@@ -324,7 +330,10 @@ class FakeLlm:
                 token_id = sample(self._at(sequence, end - 1), sequence.new.sampling.seed, num_output_tokens)
                 sequence.token_ids.append(token_id)
                 token_ids.append(token_id)
-        self._send(StepResult(plan.step, tuple(token_ids), 1.0, tuple(failed)))
+                wants = sequence.new.sampling.num_logprobs >= 0
+                logprobs.append(fake_logprobs(token_id, num_output_tokens) if wants else None)
+        found = tuple(logprobs) if any(logprobs) else ()
+        self._send(StepResult(plan.step, tuple(token_ids), 1.0, tuple(failed), found))
 
     def _copy(self, plan: StepPlan) -> None:
         """Saves, then loads; the copies of either kind may run in any order."""

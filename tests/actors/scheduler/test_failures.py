@@ -211,6 +211,19 @@ def test_a_row_without_memory_fails_its_request_alone() -> None:
     check_nothing_is_held(driver.state)
 
 
+def test_a_row_whose_grammar_comes_to_no_next_token_fails_its_request_alone() -> None:
+    driver = Driver()
+    for name in ("r1", "r2"):
+        driver.submit(name, 6, max_tokens=3)
+    driver.advance()
+    sends = driver.result(failed=(0,), reason="grammar")
+    assert error_of(sends) == (400, "grammar_error")
+    (message,) = [output.error.message for output in outputs_of(sends) if output.error is not None]
+    assert "response_format" in message
+    assert {name: each[-1].finish_reason for name, each in driver.run().items()} == {"r2": "length"}
+    check_nothing_is_held(driver.state)
+
+
 def test_the_step_in_flight_behind_a_failed_row_is_discarded_and_its_slot_released_next() -> None:
     """Whether that row has failed as well or not."""
     for failed in ((), (1,)):

@@ -6,7 +6,7 @@ import pytest
 
 from tests.actors.scheduler.driver import STOP, Driver, error_of, image, messages, outputs_of
 from tests.actors.scheduler.invariants import check_nothing_is_held
-from vlmrt.runtime.messages import StepPlan, StepResult, TokenBatch
+from vlmrt.runtime.messages import StepPlan, StepResult, TokenBatch, TokenLogprobs
 
 
 def rows(plan: StepPlan) -> list[tuple[int, int, int, bool]]:
@@ -180,6 +180,26 @@ def test_when_blocks_run_out_the_youngest_is_preempted_and_resumes_with_what_is_
     assert driver.state.counters.preemptions >= 1
     assert [len(outputs[name]) for name in ("old", "young")] == [12, 8]
     check_nothing_is_held(driver.state)
+
+
+def test_log_probabilities_travel_once_each_with_their_token_also_with_the_last() -> None:
+    driver = Driver()
+    driver.submit("r1", 4, max_tokens=2)
+    driver.submit("r2", 4, max_tokens=9)
+    driver.submit("r3", 4, max_tokens=9)
+    driver.advance()
+    found = TokenLogprobs(-0.5, ((8, -0.25),))
+    outputs = outputs_of(driver.result(8, 9, 6, logprobs=(found, None, TokenLogprobs(-2.0))))
+    assert [output.logprobs for output in outputs] == [(found,), (), (TokenLogprobs(-2.0),)]
+    driver.advance()
+    driver.abort("r2")
+    outputs = outputs_of(driver.result(8, 9, STOP, logprobs=(found, None, TokenLogprobs(-3.0))))
+    assert [output.logprobs for output in outputs] == [(found,), (TokenLogprobs(-3.0),)]
+    assert [output.finish_reason for output in outputs] == ["length", "stop"]
+    driver.submit("r4", 4, max_tokens=1)
+    driver.advance()
+    with pytest.raises(ValueError, match="log-probabilities"):
+        driver.result(logprobs=(found,) * 5)
 
 
 def test_a_preempted_request_is_admitted_again_with_its_prompt_and_confirmed_tokens() -> None:

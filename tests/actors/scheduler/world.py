@@ -21,6 +21,7 @@ from tests.actors.scheduler.fakes import (
     FakeLlm,
     FakeMedia,
     FakeVit,
+    fake_logprobs,
     num_rows_of,
     stop_rule,
     tokens_alone,
@@ -56,6 +57,7 @@ from vlmrt.runtime.messages import (
     StepPlan,
     Submit,
     TokenBatch,
+    TokenLogprobs,
     VitReady,
 )
 
@@ -97,6 +99,7 @@ class Client:
 
     submit: Submit
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: str | None = None
     is_open: bool = True
@@ -366,6 +369,7 @@ class World:
             if not client.is_open:
                 continue  # aborted meanwhile; a second end is noticed by _check_client
             client.token_ids += output.token_ids
+            client.logprobs += output.logprobs
             assert output.usage.num_output_tokens == len(client.token_ids)
             assert output.usage.num_prompt_tokens == len(client.submit.prompt_token_ids)
             client.num_cached_tokens = output.usage.num_cached_tokens
@@ -378,8 +382,10 @@ class World:
                 assert output.token_ids
 
     def _check_client(self, client: Client) -> None:
-        """Its tokens are those it would have got alone, and errors have a cause."""
+        """Its tokens are those it would have got alone, each with its log-probability, and errors have a cause."""
         sizes, submit = self.sizes, client.submit
+        wanted = client.token_ids if submit.sampling.num_logprobs >= 0 else []
+        assert client.logprobs == [fake_logprobs(token_id, at) for at, token_id in enumerate(wanted)]
         num_prompt_tokens = len(submit.prompt_token_ids)
         room = min(sizes.max_model_len, sizes.num_blocks * sizes.block_size) - num_prompt_tokens
         expected, reason = tokens_alone(submit, max(1, min(submit.stop.max_tokens, room)))
@@ -490,7 +496,7 @@ class World:
             tuple(token_ids),
             tuple(self._named(item) for item in media),
             0,
-            Sampling(seed=rng.randrange(2)),
+            Sampling(seed=(seed := rng.randrange(2)), num_logprobs=seed - 1),
             stop_rule(rng.choice((1, 2, 5, 12, 30, 100)), rng.choice((0, 0, 3, 8))),
             cache_salt=salt,
             priority=rng.choice((0, 0, 0, 1)),
