@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -28,6 +29,7 @@ from vlmrt.runtime.messages import (
     ServiceStatus,
     Submit,
     TokenBatch,
+    TokenLogprobs,
     TokenOutput,
     Usage,
 )
@@ -96,10 +98,12 @@ class RunningEdge:
         num_output_tokens: int | None = None,
         num_cached_tokens: int = 0,
     ) -> None:
-        """News of one request from the scheduler."""
+        """News of one request from the scheduler; with fake logprobs where they are asked for."""
         count = len(token_ids) if num_output_tokens is None else num_output_tokens
         usage = Usage(len(submit.prompt_token_ids), num_cached_tokens, count)
-        output = TokenOutput(submit.request_id, tuple(token_ids), usage, finish_reason, error)
+        num_top = submit.sampling.num_logprobs
+        logprobs = tuple(fake_logprobs(token_id, num_top) for token_id in token_ids) if num_top >= 0 else ()
+        output = TokenOutput(submit.request_id, tuple(token_ids), usage, finish_reason, error, logprobs)
         await self.actor.handle(TokenBatch((output,)), SCHEDULER)
 
     async def answer(self, submit: Submit, text: str, finish_reason: FinishReason = "stop") -> None:
@@ -109,6 +113,39 @@ class RunningEdge:
             last = finish_reason if count == len(ids) else None
             await self.output(submit, [token_id], last, num_output_tokens=count)
             await asyncio.sleep(0)
+
+    @asynccontextmanager
+    async def rambling(self, group: int = 3) -> AsyncIterator[list[Submit]]:
+        """Answer every request with a random reply in groups of up to so many tokens; yields what was submitted."""
+        rng = random.Random(group)
+        submits: list[Submit] = []
+        tasks: set[asyncio.Task[None]] = set()
+
+        async def reply(submit: Submit) -> None:
+            token_ids, reason = random_reply(submit, self.tokenizer.get_vocab_size())
+            done = 0
+            while done < len(token_ids):
+                step = token_ids[done : done + rng.randint(1, group)]
+                done += len(step)
+                last = reason if done == len(token_ids) else None
+                await self.output(submit, step, last, num_output_tokens=done, num_cached_tokens=1)
+                for _ in range(rng.randrange(3)):
+                    await asyncio.sleep(0)
+
+        async def run() -> None:
+            while True:
+                message = (await self.context.outbox.next(3600)).message
+                if isinstance(message, Submit):
+                    submits.append(message)
+                    tasks.add(asyncio.create_task(reply(message)))
+
+        task = asyncio.create_task(run())
+        try:
+            yield submits
+        finally:
+            for running in (task, *tasks):
+                running.cancel()
+            await asyncio.gather(task, *tasks, return_exceptions=True)
 
     @asynccontextmanager
     async def answering(self, text: str) -> AsyncIterator[None]:
@@ -126,6 +163,23 @@ class RunningEdge:
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+
+
+def fake_logprobs(token_id: int, num_top: int) -> TokenLogprobs:
+    """What a rank might say of a token: the token itself is the likeliest, those after it follow."""
+    top = tuple((token_id + place, -token_id / 1024 - place) for place in range(num_top))
+    return TokenLogprobs(-token_id / 1024, top)
+
+
+def random_reply(submit: Submit, vocab_size: int) -> tuple[list[int], FinishReason]:
+    """Tokens drawn by prompt and seed, mostly broken UTF-8; what ends them depends on the rule, as for a real rank."""
+    rng = random.Random(f"{submit.prompt_token_ids} {submit.sampling.seed}")
+    token_ids: list[int] = []
+    while len(token_ids) < min(submit.stop.max_tokens, 40):
+        token_ids.append(rng.randrange(vocab_size))
+        if token_ids[-1] in submit.stop.stop_token_ids and len(token_ids) > submit.stop.min_tokens:
+            return token_ids, "stop"
+    return token_ids, "length"
 
 
 def service_status(*states: tuple[str, str], ready: bool = True) -> ServiceStatus:

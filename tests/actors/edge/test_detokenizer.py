@@ -193,3 +193,20 @@ def test_special_tokens_may_be_shown() -> None:
     detokenizer = Detokenizer(VOCABULARIES["byte-level"], TextRule(skip_special_tokens=False))
     assert detokenizer.push(ids) + detokenizer.flush() == tokenizer.decode(ids, skip_special_tokens=False)
     assert detokenizer.flush() == ""
+
+
+@pytest.mark.parametrize(
+    ("stops", "text", "shown"),
+    [
+        (("aabb", "ab"), "xaabbc", "xa"),
+        (("b", "aab", "ab"), "xaabbc", "x"),
+        (("abcd", "bc", "d"), "xabcd", "xa"),
+    ],
+)
+def test_of_several_stops_the_one_complete_first_counts_and_then_the_longest(
+    stops: tuple[str, ...], text: str, shown: str
+) -> None:
+    for groups in ([text], list(text), [text[:2], text[2:]]):
+        for order in (stops, stops[::-1]):
+            finder = StopFinder(order)
+            assert "".join(map(finder.push, groups)) == shown

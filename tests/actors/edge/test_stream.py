@@ -17,7 +17,10 @@ from vlmrt.runtime.messages import Sampling
 HELLO = [{"role": "user", "content": "Hello"}]
 BODY = {"model": MODEL, "messages": HELLO, "stream": True}
 
-START = '{"id":"ID","object":"chat.completion.chunk","created":CREATED,"model":"test-model","system_fingerprint":"FINGERPRINT","choices":['
+START = (
+    '{"id":"ID","object":"chat.completion.chunk","created":CREATED,"model":"test-model",'
+    '"system_fingerprint":"FINGERPRINT","choices":['
+)
 GOLDEN = f"""\
 data: {START}{{"index":0,"delta":{{"role":"assistant","content":""}},"logprobs":null,"finish_reason":null}}]}}
 
