@@ -8,6 +8,7 @@ from pathlib import Path
 
 from aiohttp import hdrs, web
 
+from vlmrt.actors.edge.anthropic_api import MessagesEndpoint
 from vlmrt.actors.edge.app import MAX_LINE_BYTES, AppCollaborators, build_app
 from vlmrt.actors.edge.bad_http import EdgeRunner
 from vlmrt.actors.edge.chat import ChatEndpoint
@@ -21,6 +22,7 @@ from vlmrt.actors.edge.identify import ImageIdentifier
 from vlmrt.actors.edge.open_requests import MediaBudget
 from vlmrt.actors.edge.prompt import PromptBuilder, load_prompt_builder
 from vlmrt.actors.edge.responder import Responder
+from vlmrt.actors.edge.responses_api import ResponsesEndpoint
 from vlmrt.actors.edge.sampling import SamplingDefaults
 from vlmrt.actors.edge.scheduler_link import SchedulerLink, unavailable
 from vlmrt.actors.edge.served_model import ServedModel, system_fingerprint
@@ -133,10 +135,13 @@ class EdgeActor:
             fingerprint=system_fingerprint(config, processing, generation, prompts.template_source),
             max_model_len=config.model.max_model_len,
         )
+        chat = ChatEndpoint(responder, chat_prompts, sampling, served, vocabulary)
         return AppCollaborators(
             config=config,
             model=served,
-            chat=ChatEndpoint(responder, chat_prompts, sampling, served, vocabulary),
+            chat=chat,
+            responses=ResponsesEndpoint(responder, chat, served),
+            messages=MessagesEndpoint(responder, chat, chat_prompts, self._link, self._budget, served),
             completions=CompletionEndpoint(responder, prompts, executor, sampling, served, vocabulary),
             tokenization=TokenizationEndpoint(
                 responder, self._budget, self._link, chat_prompts, prompts, executor, sampling, served

@@ -14,13 +14,15 @@ from aiohttp.typedefs import Middleware
 from msgspec import Struct
 
 import vlmrt
+from vlmrt.actors.edge.anthropic_api import MessagesEndpoint
 from vlmrt.actors.edge.api_keys import TENANT, ApiKeys
 from vlmrt.actors.edge.chat import ChatEndpoint
 from vlmrt.actors.edge.completions import CompletionEndpoint
-from vlmrt.actors.edge.error_answers import error_response, from_http
+from vlmrt.actors.edge.error_answers import ANTHROPIC, LABEL, error_response, from_http
 from vlmrt.actors.edge.health import Health, LiveReport, Load, ResetReport, Version
 from vlmrt.actors.edge.openapi import openapi_document
 from vlmrt.actors.edge.responses import encode_json
+from vlmrt.actors.edge.responses_api import ResponsesEndpoint
 from vlmrt.actors.edge.scheduler_link import SchedulerLink
 from vlmrt.actors.edge.served_model import ModelList, ServedModel
 from vlmrt.actors.edge.tokenization import TokenizationEndpoint
@@ -30,7 +32,6 @@ from vlmrt.runtime.messages import PROTOCOL_VERSION
 from vlmrt.runtime.metrics import Metrics, prometheus_text
 
 REQUEST_ID = "x-request-id"
-LABEL = web.RequestKey("label", str)  # what the client calls the request; never a key of ours
 MAX_LINE_BYTES = 16 << 10
 ALLOWED_HEADERS = "authorization, content-type, x-api-key, x-request-id"  # of a page that does not say what it sends
 _LABEL = re.compile(r"[\w.:-]{1,128}", re.ASCII)
@@ -49,6 +50,8 @@ class AppCollaborators(Struct, frozen=True):
     model: ServedModel
     chat: ChatEndpoint
     completions: CompletionEndpoint
+    responses: ResponsesEndpoint
+    messages: MessagesEndpoint
     tokenization: TokenizationEndpoint
     link: SchedulerLink
     health: Health
@@ -66,6 +69,9 @@ def build_app(collaborators: AppCollaborators) -> web.Application:
             web.get("/", routes.root),
             web.post("/v1/chat/completions", collaborators.chat.post),
             web.post("/v1/completions", collaborators.completions.post),
+            web.post("/v1/responses", collaborators.responses.post),
+            web.post("/v1/messages", collaborators.messages.post),
+            web.post("/v1/messages/count_tokens", collaborators.messages.count_tokens),
             web.post("/tokenize", collaborators.tokenization.tokenize),
             web.post("/detokenize", collaborators.tokenization.detokenize),
             web.get("/v1/models", routes.models),
@@ -198,18 +204,18 @@ def _guard(collaborators: AppCollaborators, origins: OriginPolicy) -> Middleware
             response = await handler(request)
         except RequestError as error:
             metrics.add("request_errors_total", code=error.code or str(error.status))
-            response = error_response(error)
+            response = error_response(error, request)
         except web.HTTPException as error:
             if request.method == hdrs.METH_OPTIONS and isinstance(error, web.HTTPMethodNotAllowed):
                 response = _options(request, error)
             else:
-                response = error_response(from_http(error, request), error)
+                response = error_response(from_http(error, request), request, error)
         except ConnectionResetError:  # nobody is left to answer
             response = web.Response(status=499)
         except Exception:
             logger.exception("request %s failed", request[LABEL])
             metrics.add("request_errors_total", code="internal_error")
-            response = error_response(RequestError("internal error", status=500, code="internal_error"))
+            response = error_response(RequestError("internal error", status=500, code="internal_error"), request)
         metrics.add("http_requests_total", code=str(response.status))
         return response
 
@@ -231,6 +237,8 @@ def _options(request: web.Request, refused: web.HTTPMethodNotAllowed) -> web.Res
 def _add_headers(origins: OriginPolicy) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
     async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
         response.headers[REQUEST_ID] = request.get(LABEL, "")
+        if request.path.startswith(ANTHROPIC):
+            response.headers["request-id"] = request.get(LABEL, "")
         origin = request.headers.get("Origin")
         if origin is not None and origins.allows(origin):
             response.headers["Access-Control-Allow-Origin"] = origin

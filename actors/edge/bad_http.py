@@ -35,7 +35,7 @@ class _Connection(web.RequestHandler):
     ) -> tuple[web.StreamResponse, bool]:
         if isinstance(resp, web.HTTPException):  # raised before any middleware was reached
             assert isinstance(request, web.Request)
-            resp = error_response(from_http(resp, request), resp)
+            resp = error_response(from_http(resp, request), request, resp)
         return await super().finish_response(request, resp, start_time)
 
     def handle_error(
@@ -46,9 +46,9 @@ class _Connection(web.RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         if isinstance(exc, HttpProcessingError):
-            return _closing(_unreadable(exc))
+            return _closing(_unreadable(exc), request)
         super().handle_error(request, status, exc, message)  # logs it; raises where an answer has begun
-        return _closing(RequestError("internal error", status=500, code="internal_error"))
+        return _closing(RequestError("internal error", status=500, code="internal_error"), request)
 
 
 def _unreadable(error: HttpProcessingError) -> RequestError:
@@ -57,7 +57,7 @@ def _unreadable(error: HttpProcessingError) -> RequestError:
     return RequestError("what came is not HTTP", code="invalid_http")
 
 
-def _closing(error: RequestError) -> web.Response:
-    response = error_response(error)
+def _closing(error: RequestError, request: web.BaseRequest) -> web.Response:
+    response = error_response(error, request)
     response.force_close()
     return response

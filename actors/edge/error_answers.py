@@ -7,9 +7,12 @@ from collections.abc import Iterable
 
 from aiohttp import web
 
+from vlmrt.actors.edge.anthropic_errors import anthropic_error_body
 from vlmrt.actors.edge.responses import error_body
 from vlmrt.runtime.errors import RequestError
 
+LABEL = web.RequestKey("label", str)  # what the client calls the request; never a key of ours
+ANTHROPIC = "/v1/messages"  # and below it: errors have a body of another form
 NOT_HERE = {  # what other servers have, and why this one does not
     "/v1/embeddings": "the model generates text and has no text embeddings",
     "/v1/score": "the model generates text and has no scores",
@@ -25,8 +28,14 @@ NOT_HERE = {  # what other servers have, and why this one does not
 }
 
 
-def error_response(error: RequestError, http: web.HTTPException | None = None) -> web.Response:
+def error_response(
+    error: RequestError, request: web.BaseRequest, http: web.HTTPException | None = None
+) -> web.Response:
     """Args: `http` is what the error came from, if anything: its Allow goes along."""
+    if request.path.startswith(ANTHROPIC):
+        body = anthropic_error_body(error, request.get(LABEL, ""))
+    else:
+        body = error_body(error)
     headers = {}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(error.retry_after_s)
@@ -36,7 +45,7 @@ def error_response(error: RequestError, http: web.HTTPException | None = None) -
         headers["x-should-retry"] = "false"
     if http is not None and "Allow" in http.headers:
         headers["Allow"] = http.headers["Allow"]
-    return web.Response(body=error_body(error), status=error.status, headers=headers, content_type="application/json")
+    return web.Response(body=body, status=error.status, headers=headers, content_type="application/json")
 
 
 def from_http(error: web.HTTPException, request: web.Request) -> RequestError:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from functools import reduce
+from operator import or_
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import msgspec
 from msgspec import NODEFAULT, Raw, Struct
 
 import vlmrt
+from vlmrt.actors.edge.anthropic_errors import AnthropicError
+from vlmrt.actors.edge.anthropic_format import AnthropicMessage, TokenCount
+from vlmrt.actors.edge.anthropic_request import MessagesRequest
 from vlmrt.actors.edge.api_keys import OPEN_ROUTES
 from vlmrt.actors.edge.chat_request import ChatRequest
 from vlmrt.actors.edge.completion_request import CompletionRequest
+from vlmrt.actors.edge.error_answers import ANTHROPIC
 from vlmrt.actors.edge.health import HealthReport, LiveReport, Load, ResetReport, Version
 from vlmrt.actors.edge.responses import (
     ChatCompletion,
@@ -21,6 +28,8 @@ from vlmrt.actors.edge.responses import (
     TokenizeAnswer,
     encode_json,
 )
+from vlmrt.actors.edge.responses_format import ResponseObject
+from vlmrt.actors.edge.responses_request import ResponsesRequest
 from vlmrt.actors.edge.served_model import ModelCard, ModelList
 from vlmrt.actors.edge.tokenization import DetokenizeRequest, TokenizeRequest
 from vlmrt.runtime.config import ServerOptions
@@ -91,6 +100,32 @@ OPERATIONS = (
         body=CompletionRequest,
         answer=TextCompletion,
         events="`data:` lines, each with a text_completion; an error is one with `error`; the last is [DONE]",
+        errors=GENERATING,
+    ),
+    Operation(
+        method="post",
+        path="/v1/responses",
+        summary="Answer input items, as OpenAI's Responses API",
+        body=ResponsesRequest,
+        answer=ResponseObject,
+        events="typed events, from response.created to response.completed, response.incomplete or response.failed",
+        errors=GENERATING,
+    ),
+    Operation(
+        method="post",
+        path="/v1/messages",
+        summary="Answer messages, as Anthropic's API",
+        body=MessagesRequest,
+        answer=AnthropicMessage,
+        events="typed events, from message_start to message_stop, or an event error",
+        errors=GENERATING,
+    ),
+    Operation(
+        method="post",
+        path="/v1/messages/count_tokens",
+        summary="The length of the prompt that such a request makes",
+        body=MessagesRequest,
+        answer=TokenCount,
         errors=GENERATING,
     ),
     Operation(
@@ -217,16 +252,26 @@ def _responses(operation: Operation, is_guarded: bool) -> dict[str, Any]:
         }
         for status in operation.answers
     }
-    return {**answers, **{str(status): {"$ref": f"#/components/responses/{status}"} for status in errors}}
+    form = error_form(operation.path)
+    return {**answers, **{str(status): {"$ref": _error_ref(status, form)} for status in errors}}
+
+
+def error_form(path: str) -> type[Struct]:
+    return AnthropicError if path.startswith(ANTHROPIC) else ErrorBody
+
+
+def _error_ref(status: int, form: type[Struct]) -> str:
+    return f"#/components/responses/{form.__name__}.{status}"
 
 
 def _error_responses() -> dict[str, Any]:
     return {
-        str(status): {
+        f"{form.__name__}.{status}": {
             "description": meaning,
             "headers": HEADERS.get(status, {}),
-            "content": {JSON: {"schema": _ref(ErrorBody)}},
+            "content": {JSON: {"schema": _ref(form)}},
         }
+        for form in (ErrorBody, AnthropicError)
         for status, meaning in STATUSES.items()
     }
 
@@ -239,27 +284,51 @@ def _schemas(operations: Sequence[Operation]) -> dict[str, Any]:
     structs = {
         struct
         for operation in operations
-        for struct in (operation.answer, operation.body, ErrorBody)
+        for struct in (operation.answer, operation.body, ErrorBody, AnthropicError)
         if struct is not None
     }
-    described = sorted(map(_describable, structs), key=lambda struct: struct.__name__)
+    twins: dict[Any, Any] = {}
+    described = [_describable(struct, twins) for struct in sorted(structs, key=lambda struct: struct.__name__)]
     _, components = msgspec.json.schema_components(described, ref_template=REF)
     return components
 
 
-def _describable(struct: type[Struct]) -> type[Struct]:
-    """The same Struct with Any for Raw, whose default no schema can show."""
+def _describable(kind: Any, twins: dict[Any, Any]) -> Any:
+    """The same type, where no Struct in it has a default that is Raw: no schema can show one."""
+    if isinstance(kind, type) and issubclass(kind, Struct):
+        if kind not in twins:
+            twins[kind] = kind  # for one that holds itself
+            twins[kind] = _twin(kind, twins)
+        return twins[kind]
+    inner = [_describable(argument, twins) for argument in get_args(kind)]
+    if inner == list(get_args(kind)):
+        return kind
+    origin = get_origin(kind)
+    return reduce(or_, inner) if origin in (Union, UnionType) else origin[tuple(inner)]
+
+
+def _twin(struct: type[Struct], twins: dict[Any, Any]) -> type[Struct]:
     fields = msgspec.structs.fields(struct)
-    if not any(field.type is Raw for field in fields):
+    kinds = [_describable(field.type, twins) for field in fields]
+    if kinds == [field.type for field in fields] and not any(isinstance(field.default, Raw) for field in fields):
         return struct
-    return msgspec.defstruct(struct.__name__, [_any_for_raw(field) for field in fields], kw_only=True)
+    config = struct.__struct_config__
+    twin = msgspec.defstruct(
+        struct.__name__,
+        [_field(field, kind) for field, kind in zip(fields, kinds, strict=True)],
+        kw_only=True,
+        tag=config.tag,
+        tag_field=config.tag_field,
+    )
+    twin.__doc__ = struct.__doc__
+    return twin
 
 
-def _any_for_raw(field: msgspec.structs.FieldInfo) -> tuple[str, Any] | tuple[str, Any, Any]:
-    if field.type is Raw:
-        return field.encode_name, Any, None
+def _field(field: msgspec.structs.FieldInfo, kind: Any) -> tuple[str, Any] | tuple[str, Any, Any]:
+    if isinstance(field.default, Raw):
+        return field.encode_name, kind, msgspec.field(default_factory=lambda: field.default)
     if field.default_factory is not NODEFAULT:
-        return field.encode_name, field.type, msgspec.field(default_factory=field.default_factory)
+        return field.encode_name, kind, msgspec.field(default_factory=field.default_factory)
     if field.default is not NODEFAULT:
-        return field.encode_name, field.type, field.default
-    return field.encode_name, field.type
+        return field.encode_name, kind, field.default
+    return field.encode_name, kind

@@ -96,7 +96,7 @@ def parse_body(body: bytes, decoder: msgspec.json.Decoder[RequestT]) -> tuple[Re
             raise RequestError(f"the body has {len(fields)} fields, more than {MAX_FIELDS}", code="too_many_fields")
         request = decoder.decode(body)
     except msgspec.ValidationError as error:
-        raise _wrong_field(error, body) from None
+        raise wrong_field(error, body) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
     except RecursionError:
@@ -104,7 +104,7 @@ def parse_body(body: bytes, decoder: msgspec.json.Decoder[RequestT]) -> tuple[Re
     return request, tuple(sorted(fields.keys() - set(request.__struct_fields__)))
 
 
-def _wrong_field(error: msgspec.ValidationError, body: bytes) -> RequestError:
+def wrong_field(error: msgspec.ValidationError, body: bytes) -> RequestError:
     message, _, path = str(error).partition(" - at `")
     param = path.removesuffix("`").removeprefix("$").removeprefix(".").removesuffix("[...]") or None
     missing = re.search(r"missing required field `(\w+)`", message)
