@@ -99,7 +99,7 @@ def several_answers_are_generated(api: Api) -> None:
 
 @each(method=["json_schema", "function_calling"])
 def structured_output_is_the_model(api: Api, method: str) -> None:
-    found = _model(api).with_structured_output(Seen, method=method).invoke([_about(picture())])
+    found = _model(api).with_structured_output(Seen, method=method, strict=True).invoke([_about(picture())])
     assert isinstance(found, Seen)
 
 
@@ -117,7 +117,7 @@ def structured_output_is_streamed(api: Api) -> None:
 
 @each(choice=["any", "paint"])
 def bound_tools_are_called(api: Api, choice: str) -> None:
-    bound = _model(api).bind_tools([paint], tool_choice=choice, parallel_tool_calls=False)
+    bound = _model(api).bind_tools([paint], tool_choice=choice, parallel_tool_calls=False, strict=True)
     answer = bound.invoke("Paint")
     (call,) = answer.tool_calls
     assert call["name"] == "paint"
@@ -130,7 +130,7 @@ def bound_tools_are_called(api: Api, choice: str) -> None:
 
 
 def calls_of_bound_tools_are_streamed(api: Api) -> None:
-    bound = _model(api).bind_tools([paint], tool_choice="any", parallel_tool_calls=False)
+    bound = _model(api).bind_tools([paint], tool_choice="any", parallel_tool_calls=False, strict=True)
     chunks = list(bound.stream("Paint"))
     put_together = chunks[0]
     for chunk in chunks[1:]:
