@@ -8,6 +8,7 @@ from pathlib import Path
 
 from aiohttp import hdrs, web
 
+from vlmrt.actors.edge.answer_form import AnswerForms
 from vlmrt.actors.edge.anthropic_api import MessagesEndpoint
 from vlmrt.actors.edge.app import MAX_LINE_BYTES, AppCollaborators, build_app
 from vlmrt.actors.edge.bad_http import EdgeRunner
@@ -17,6 +18,7 @@ from vlmrt.actors.edge.completions import CompletionEndpoint
 from vlmrt.actors.edge.detokenizer import Vocabulary
 from vlmrt.actors.edge.fetch import MediaFetcher, Resolve
 from vlmrt.actors.edge.generation import Generator
+from vlmrt.actors.edge.grammar import GrammarChecker
 from vlmrt.actors.edge.health import Health
 from vlmrt.actors.edge.identify import ImageIdentifier
 from vlmrt.actors.edge.open_requests import MediaBudget
@@ -27,6 +29,7 @@ from vlmrt.actors.edge.sampling import SamplingDefaults
 from vlmrt.actors.edge.scheduler_link import SchedulerLink, unavailable
 from vlmrt.actors.edge.served_model import ServedModel, system_fingerprint
 from vlmrt.actors.edge.tokenization import TokenizationEndpoint
+from vlmrt.actors.edge.tools import CALL_BEGIN, CALL_END, call_tags
 from vlmrt.actors.models.config import CheckpointError, GenerationDefaults, ImageProcessing, ModelConfig
 from vlmrt.actors.models.registry import load_generation_defaults, load_image_processing, load_model_config
 from vlmrt.runtime.actor import ActorContext
@@ -60,6 +63,9 @@ class EdgeActor:
         self._health = Health(context.config.supervision.heartbeat_timeout_s)
         self._budget = MediaBudget(context.config.server.max_media_mib << 20)
         self._executor = ThreadPoolExecutor(NUM_THREADS, "edge")
+        self._grammar_thread = ThreadPoolExecutor(
+            1, "grammar"
+        )  # a compilation cannot be stopped, nor may it be waited for
         self._runner: web.AppRunner | None = None
         self._site: web.SockSite | None = None
 
@@ -122,27 +128,32 @@ class EdgeActor:
         self, model: ModelConfig, processing: ImageProcessing, generation: GenerationDefaults, prompts: PromptBuilder
     ) -> AppCollaborators:
         config, metrics, executor = self._context.config, self._context.metrics, self._executor
-        vocabulary = Vocabulary(prompts.tokenizer)
+        vocabulary = Vocabulary(prompts.tokenizer, always_shown=(CALL_BEGIN, CALL_END))
+        eos_token_ids = tuple(dict.fromkeys((*generation.eos_token_ids, *model.eos_token_ids)))
+        checker = GrammarChecker(
+            Path(config.model.directory) / "tokenizer.json", model.text.vocab_size, eos_token_ids, self._grammar_thread
+        )
+        forms = AnswerForms(checker, call_tags(prompts.tokenizer))
         generator = Generator(self._link, vocabulary, config.scheduling, metrics)
         responder = Responder(config.server, self._link, self._budget, generator, metrics, self._write_timeout_s)
         fetcher = MediaFetcher(config.server, executor, self._resolve)
         identity = f"{config.model.directory}@{config.model.revision}"
         identifier = ImageIdentifier(processing, identity, config.server.max_pixels)
         chat_prompts = ChatPrompts(fetcher, identifier, prompts, executor, config.server.limit_images)
-        sampling = SamplingDefaults(generation, model.eos_token_ids, model.text.vocab_size)
+        sampling = SamplingDefaults(generation, eos_token_ids, model.text.vocab_size)
         served = ServedModel(
             names=config.model.served_names,
             fingerprint=system_fingerprint(config, processing, generation, prompts.template_source),
             max_model_len=config.model.max_model_len,
         )
-        chat = ChatEndpoint(responder, chat_prompts, sampling, served, vocabulary)
+        chat = ChatEndpoint(responder, chat_prompts, sampling, served, vocabulary, forms)
         return AppCollaborators(
             config=config,
             model=served,
             chat=chat,
             responses=ResponsesEndpoint(responder, chat, served),
             messages=MessagesEndpoint(responder, chat, chat_prompts, self._link, self._budget, served),
-            completions=CompletionEndpoint(responder, prompts, executor, sampling, served, vocabulary),
+            completions=CompletionEndpoint(responder, prompts, executor, sampling, served, vocabulary, forms),
             tokenization=TokenizationEndpoint(
                 responder, self._budget, self._link, chat_prompts, prompts, executor, sampling, served
             ),
@@ -177,4 +188,5 @@ class EdgeActor:
         await self._link.drain(CLOSE_S)
         if self._runner is not None:
             await self._runner.cleanup()
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        for executor in (self._executor, self._grammar_thread):
+            executor.shutdown(wait=False, cancel_futures=True)

@@ -72,7 +72,9 @@ class MessagesEndpoint:
             chat, names = _chat(request, asked)
             with names.restoring():
                 self._model.check(chat.model)
-                built = await self._prompts.build(chat.conversation(), lease, lookup, body_bytes=num_body_bytes)
+                built = await self._prompts.build(
+                    chat.conversation(chat.tool_use().shown), lease, lookup, body_bytes=num_body_bytes
+                )
         count = TokenCount(len(built.prompt.token_ids))
         return web.Response(body=encode_json(count), content_type="application/json", headers=ignored_fields(ignored))
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import msgspec
 from msgspec import Raw, Struct
 
 from vlmrt.actors.edge.anthropic_errors import anthropic_error_body
-from vlmrt.actors.edge.choice import Piece
+from vlmrt.actors.edge.choice import Piece, ToolCallDelta
 from vlmrt.actors.edge.generation import Answer
 from vlmrt.actors.edge.responses import ChatUsage, encode_json
 from vlmrt.runtime.errors import RequestError
+
+NO_INPUT = Raw(b"{}")
 
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 
@@ -76,6 +79,8 @@ class MessagesFormat:
             for delta in piece.deltas:
                 if isinstance(delta.content, str):
                     self._text(delta.content)
+                for call in delta.tool_calls or ():
+                    self._call(call)
             if piece.finish_reason is not None:
                 self._close()
                 self._finish(piece)
@@ -115,11 +120,13 @@ class MessagesFormat:
             self._begin(TextBlock(""))
         self._delta({"type": "text_delta", "text": text}, text)
 
-    def _call(self, call_id: str, name: str) -> None:
-        self._begin(ToolUseBlock(call_id, name, Raw(b"{}")))
-
-    def _arguments(self, text: str) -> None:
-        self._delta({"type": "input_json_delta", "partial_json": text}, text)
+    def _call(self, piece: ToolCallDelta) -> None:
+        if piece.id and piece.function.name:
+            self._begin(ToolUseBlock(piece.id, piece.function.name, NO_INPUT))
+        if piece.function.arguments:
+            self._delta(
+                {"type": "input_json_delta", "partial_json": piece.function.arguments}, piece.function.arguments
+            )
 
     def _begin(self, block: TextBlock | ToolUseBlock) -> None:
         self._close()
@@ -139,7 +146,7 @@ class MessagesFormat:
         if isinstance(block, TextBlock):
             self._blocks.append(TextBlock(text))
         else:
-            self._blocks.append(ToolUseBlock(block.id, block.name, Raw(text.encode() or b"{}")))
+            self._blocks.append(ToolUseBlock(block.id, block.name, _input(text)))
         self._open = None
         self._texts.clear()
 
@@ -150,6 +157,15 @@ class MessagesFormat:
         """The events since the last call."""
         events, self._events = self._events, []
         return b"".join(events)
+
+
+def _input(arguments: str) -> Raw:
+    """Those of a call that was cut short are no object, and none is better than a body that is no JSON."""
+    try:
+        msgspec.json.decode(arguments, type=dict[str, Any])
+    except msgspec.MsgspecError:
+        return NO_INPUT
+    return Raw(arguments.encode())
 
 
 def _message_usage(usage: ChatUsage) -> MessageUsage:

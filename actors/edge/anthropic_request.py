@@ -9,7 +9,8 @@ from msgspec import UNSET, Raw, Struct, UnsetType
 
 from vlmrt.actors.edge.chat_request import ChatRequest
 from vlmrt.actors.edge.chat_translation import ChatMessages, FieldNames, chat_request, not_supported
-from vlmrt.actors.edge.request_fields import NULL, SamplingFields, parse_body, refuse
+from vlmrt.actors.edge.refusals import NULL, refuse
+from vlmrt.actors.edge.request_fields import SamplingFields, parse_body
 from vlmrt.runtime.errors import RequestError
 
 BLOCKS = "supported: text, image, tool_use, tool_result, thinking"
@@ -146,7 +147,7 @@ def _add_call(block: ContentBlock, path: str, messages: ChatMessages) -> None:
         refuse(getattr(block, name) is None, f"{path}.{name}", " is required", "missing_field")
     given = b"{}" if block.input is UNSET else bytes(block.input).strip()
     refuse(not given.startswith(b"{"), f"{path}.input", " must be an object")
-    messages.add_call(block.id or "", block.name or "", given.decode(), path)
+    messages.add_call(block.id or "", block.name or "", given.decode(), path, "input")
 
 
 def _add_result(block: ContentBlock, path: str, messages: ChatMessages) -> None:
@@ -199,7 +200,7 @@ def _tool_fields(request: MessagesRequest, names: FieldNames) -> dict[str, Any]:
         fields["tools"] = [_tool(tool, index, names) for index, tool in enumerate(request.tools)]
     choice = request.tool_choice
     if choice is not None:
-        if request.tools and choice.disable_parallel_tool_use is not None:
+        if choice.disable_parallel_tool_use is not None:
             fields["parallel_tool_calls"] = not choice.disable_parallel_tool_use
         if choice.type == "tool":
             refuse(choice.name is None, "tool_choice.name", " is required", "missing_field")

@@ -7,10 +7,12 @@ import secrets
 import msgspec
 from aiohttp import web
 
+from vlmrt.actors.edge.answer_form import AnswerForms
 from vlmrt.actors.edge.api_keys import tenant_salt
 from vlmrt.actors.edge.chat_format import ChatFormat
 from vlmrt.actors.edge.chat_prompt import ChatPrompts
 from vlmrt.actors.edge.chat_request import ChatRequest, parse_chat_request
+from vlmrt.actors.edge.choice import ChoiceRule
 from vlmrt.actors.edge.detokenizer import Vocabulary
 from vlmrt.actors.edge.generation import Generation
 from vlmrt.actors.edge.open_requests import MediaLease
@@ -30,12 +32,14 @@ class ChatEndpoint:
         sampling: SamplingDefaults,
         model: ServedModel,
         vocabulary: Vocabulary,
+        forms: AnswerForms,
     ) -> None:
         self._responder = responder
         self._prompts = prompts
         self._sampling = sampling
         self._model = model
         self._vocabulary = vocabulary
+        self._forms = forms
 
     async def post(self, request: web.Request) -> web.StreamResponse:
         return await self._responder.post(request, self._prepare)
@@ -64,17 +68,18 @@ class ChatEndpoint:
         """
         self._model.check(chat.model)
         max_model_len = self._model.max_model_len
+        use = chat.tool_use()
+        conversation = chat.conversation(use.shown)
+        form = await self._forms.form(chat, use)
 
-        def check_size(num_tokens: int) -> object:
-            return self._sampling.choice_rule(chat, max_model_len - num_tokens, chat.num_logprobs)
+        def rule(num_tokens: int) -> ChoiceRule:
+            room = max_model_len - num_tokens
+            return self._sampling.choice_rule(chat, room, chat.num_logprobs, grammar=form.grammar, shape=form.shape)
 
-        built = await self._prompts.build(
-            chat.conversation(), lease, lookup, body_bytes=body_bytes, check_size=check_size
-        )
-        room = max_model_len - len(built.prompt.token_ids)
+        built = await self._prompts.build(conversation, lease, lookup, body_bytes=body_bytes, check_size=rule)
         return Generation(
             prompt=built.prompt,
-            rule=self._sampling.choice_rule(chat, room, chat.num_logprobs),
+            rule=rule(len(built.prompt.token_ids)),
             num_choices=chat.n or 1,
             images=built.images,
             cache_salt=chat.cache_salt or "",

@@ -14,10 +14,12 @@ from vlmrt.actors.edge.detokenizer import Vocabulary
 from vlmrt.actors.edge.generation import Answer
 from vlmrt.actors.edge.responses import (
     AnswerMessage,
+    CalledFunction,
     ChatCompletion,
     Choice,
     ChoiceLogprobs,
     TokenLogprob,
+    ToolCall,
     TopLogprob,
     encode_json,
 )
@@ -72,7 +74,7 @@ class ChatFormat:
         assert piece.finish_reason is not None
         return Choice(
             index=piece.index,
-            message=AnswerMessage(piece.content),
+            message=_message(piece),
             logprobs=self._logprobs(piece.tokens) if self._has_logprobs else None,
             finish_reason=piece.finish_reason,
             stop_reason=piece.stop_reason,
@@ -134,6 +136,13 @@ class ChatFormat:
         )
         logprob = max(token.logprobs.logprob, LEAST_LOGPROB)
         return TokenLogprob(text(token.token_id), logprob, tuple(token.text_bytes), top)
+
+
+def _message(piece: Piece) -> AnswerMessage:
+    calls = tuple(ToolCall(call.id, CalledFunction(call.name, call.arguments)) for call in piece.tool_calls)
+    if not calls:
+        return AnswerMessage(piece.content)
+    return AnswerMessage(piece.content or None, tool_calls=calls)
 
 
 def _finish(piece: Piece) -> bytes:

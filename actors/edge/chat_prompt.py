@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
+import msgspec
 from msgspec import Struct
 
 from vlmrt.actors.edge.chat_request import Conversation, ImageSource, image_sources, template_messages
@@ -14,6 +15,7 @@ from vlmrt.actors.edge.identify import IdentifiedImage, ImageIdentifier, NamedIm
 from vlmrt.actors.edge.open_requests import MediaLease
 from vlmrt.actors.edge.prompt import Prompt, PromptBuilder
 from vlmrt.actors.edge.scheduler_link import LookUp
+from vlmrt.actors.edge.tool_prompt import write_tools
 from vlmrt.runtime.errors import RequestError
 
 
@@ -60,9 +62,12 @@ class ChatPrompts:
         self._check_count(len(sources))
         identified = await self._identify(sources, conversation.cache_salt, lease)
         lease.give_back(min(body_bytes, lease.held_bytes))
-        messages = template_messages(conversation.messages)
+        messages, options = template_messages(conversation.messages), conversation.options
+        if not self._prompts.reads_tools:
+            messages = write_tools(messages, options.tools or ())
+            options = msgspec.structs.replace(options, tools=None)
         images: list[PromptImage] = [image for image in identified if image is not None]
-        token_ids = await self._prompts.tokenize(messages, self._executor, conversation.options)
+        token_ids = await self._prompts.tokenize(messages, self._executor, options)
         if len(images) < len(sources):  # what can be refused without the scheduler is, before it is asked for the rest
             if check_size is not None:
                 self._prompts.check(token_ids, len(sources), images)

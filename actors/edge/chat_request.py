@@ -10,16 +10,10 @@ import msgspec
 from msgspec import Meta, Raw, Struct
 
 from vlmrt.actors.edge.chat_template import RESERVED_NAMES, TemplateOptions
-from vlmrt.actors.edge.request_fields import (
-    NULL,
-    PRINTABLE,
-    SamplingFields,
-    check_sampling,
-    is_filled,
-    parse_body,
-    refuse,
-    short,
-)
+from vlmrt.actors.edge.refusals import NULL, refuse, short
+from vlmrt.actors.edge.request_fields import PRINTABLE, SamplingFields, check_sampling, parse_body
+from vlmrt.actors.edge.tool_prompt import template_calls
+from vlmrt.actors.edge.tools import MAX_CALLS, KnownTool, MadeCall, Tool, ToolChoice, ToolUse, tool_use
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 4096  # of one message
@@ -60,7 +54,7 @@ class ChatMessage(Struct, frozen=True):
     role: Role
     content: str | list[ContentPart] | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[MadeCall] | None = None  # of the assistant
     tool_call_id: str | None = None
 
 
@@ -102,14 +96,14 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True):
     mm_processor_kwargs: ProcessorOptions | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    response_format: dict[str, Any] | None = None
-    tools: Raw = NULL  # what is refused is never built
-    functions: Raw = NULL
-    tool_choice: str | dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    functions: Raw = NULL  # what tools and tool_choice were once called
+    function_call: Raw = NULL
     modalities: list[str] | None = None
     echo: bool | None = None  # of completions; here it is refused
     # accepted and without effect
-    parallel_tool_calls: Raw = NULL
     reasoning_effort: Raw = NULL
     verbosity: Raw = NULL
     prediction: None = None
@@ -120,8 +114,18 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True):
         """As in Sampling."""
         return (self.top_logprobs or 0) if self.logprobs else -1
 
-    def conversation(self) -> Conversation:
+    def tool_use(self) -> ToolUse:
         """Raises: RequestError 400."""
+        return tool_use(
+            self.tools,
+            self.tool_choice,
+            self.parallel_tool_calls,
+            functions=self.functions,
+            function_call=self.function_call,
+        )
+
+    def conversation(self, tools: Sequence[KnownTool] = ()) -> Conversation:
+        """Args: tools: those that the model is told of.  Raises: RequestError 400."""
         return make_conversation(
             self.messages,
             add_generation_prompt=self.add_generation_prompt,
@@ -129,6 +133,7 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True):
             template_variables=self.chat_template_kwargs,
             processor=self.mm_processor_kwargs,
             cache_salt=self.cache_salt,
+            tools=tools,
         )
 
 
@@ -169,17 +174,7 @@ def check_chat_request(request: ChatRequest) -> None:
     code = "unsupported_value"
     refuse(bool(request.top_logprobs and not request.logprobs), "top_logprobs", " needs logprobs = true")
     refuse(bool(request.echo), "echo", " = true is not supported for chat completions", code)
-    refuse(is_filled(request.tools), "tools", ": tool calls are not supported yet", code)
-    refuse(is_filled(request.functions), "functions", ": function calls are not supported", code)
-    refuse(
-        request.tool_choice not in (None, "none", "auto"),
-        "tool_choice",
-        ": only none and auto are supported, since tools are not supported yet",
-        code,
-    )
     refuse(any(kind != "text" for kind in request.modalities or ()), "modalities", " may hold text only", code)
-    kind = (request.response_format or {"type": "text"}).get("type")
-    refuse(kind != "text", "response_format.type", f" = {short(kind)} is not supported (supported: text)", code)
     check_sampling(request)
 
 
@@ -191,6 +186,7 @@ def make_conversation(
     template_variables: dict[str, Any] | None,
     processor: ProcessorOptions | None,
     cache_salt: str | None = None,
+    tools: Sequence[KnownTool] = (),
 ) -> Conversation:
     """Raises: RequestError 400 naming field, value and bound."""
     refuse(not messages, "messages", " is empty: at least one message is needed")
@@ -206,6 +202,7 @@ def make_conversation(
     options = TemplateOptions(
         add_generation_prompt=add_generation_prompt is not False,
         continue_final_message=bool(continue_final_message),
+        tools=[tool.definition() for tool in tools] or None,
         variables=template_variables or {},
     )
     return Conversation(messages, options, limits, cache_salt or "")
@@ -214,6 +211,9 @@ def make_conversation(
 def _check_message(message: ChatMessage, param: str) -> None:
     if message.content is None:
         refuse(not message.tool_calls, f"{param}.content", " is required", "missing_field")
+    calls = message.tool_calls or ()
+    refuse(bool(calls) and message.role != "assistant", f"{param}.tool_calls", " belong to the assistant's messages")
+    refuse(len(calls) > MAX_CALLS, f"{param}.tool_calls", f" has {len(calls)} calls, more than {MAX_CALLS}")
     bad_name = message.name is not None and not _NAME.fullmatch(message.name)
     refuse(bad_name, f"{param}.name", " may hold 1 to 64 letters, digits, '.', '_' and '-' only")
     if isinstance(message.content, list):
@@ -286,11 +286,14 @@ def _part_limits(part: ContentPart) -> PixelLimits:
 
 
 def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Messages as a chat template reads them: developer is system, a picture is {"type": "image"}."""
-    return [_template_message(message) for message in messages]
+    """Messages as a chat template reads them: developer is system, a picture is {"type": "image"}.
+
+    Raises: RequestError 400 where a call's arguments are no object.
+    """
+    return [_template_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
 
-def _template_message(message: ChatMessage) -> dict[str, Any]:
+def _template_message(message: ChatMessage, param: str) -> dict[str, Any]:
     rendered: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
     if isinstance(message.content, list):
         rendered["content"] = [_template_part(part) for part in message.content]
@@ -301,7 +304,7 @@ def _template_message(message: ChatMessage) -> dict[str, Any]:
     if message.tool_call_id is not None:
         rendered["tool_call_id"] = message.tool_call_id
     if message.tool_calls:
-        rendered["tool_calls"] = message.tool_calls
+        rendered["tool_calls"] = template_calls(message.tool_calls, f"{param}.tool_calls")
     return rendered
 
 

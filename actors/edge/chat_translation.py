@@ -9,7 +9,8 @@ from typing import Any
 import msgspec
 
 from vlmrt.actors.edge.chat_request import ChatRequest, check_chat_request
-from vlmrt.actors.edge.request_fields import SamplingFields, short, wrong_field
+from vlmrt.actors.edge.refusals import short
+from vlmrt.actors.edge.request_fields import SamplingFields, wrong_field
 from vlmrt.runtime.errors import RequestError
 
 UNSUPPORTED = "unsupported_value"
@@ -65,13 +66,16 @@ class ChatMessages:
         self.names.add(f"messages[{len(self.all)}]", origin)
         self.all.append({"role": role, "content": content, **fields})
 
-    def add_call(self, call_id: str, name: str, arguments: str, origin: str) -> None:
+    def add_call(self, call_id: str, name: str, arguments: str, origin: str, arguments_name: str) -> None:
         """A call of the assistant; it joins the assistant's message right before it."""
         if not self.all or self.all[-1]["role"] != "assistant":
             self.names.add(f"messages[{len(self.all)}]", origin)
             self.all.append({"role": "assistant", "content": None})
         calls = self.all[-1].setdefault("tool_calls", [])
-        self.names.add(f"messages[{len(self.all) - 1}].tool_calls[{len(calls)}]", origin)
+        path = f"messages[{len(self.all) - 1}].tool_calls[{len(calls)}]"
+        self.names.add(path, origin)
+        self.names.add(f"{path}.function", origin)
+        self.names.add(f"{path}.function.arguments", f"{origin}.{arguments_name}")
         calls.append({"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}})
 
 

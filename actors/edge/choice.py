@@ -14,10 +14,25 @@ from vlmrt.runtime.messages import FinishReason, Sampling, StopRule, TokenOutput
 ShownReason = FinishReason | Literal["tool_calls"]  # why a choice ended, as clients read it
 
 
+class FunctionDelta(Struct, frozen=True):
+    arguments: str
+    name: str | UnsetType = UNSET
+
+
+class ToolCallDelta(Struct, frozen=True):
+    """A piece of a call: its id, type and name come first, then its arguments bit by bit."""
+
+    index: int
+    function: FunctionDelta
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+
+
 class Delta(Struct, frozen=True):
     """What one piece of text adds to a message."""
 
     content: str | UnsetType = UNSET
+    tool_calls: tuple[ToolCallDelta, ...] | UnsetType = UNSET
 
 
 class Shape(Protocol):
@@ -42,6 +57,12 @@ class PlainText:
         return (), reason
 
 
+class ToolCall(Struct, frozen=True):
+    id: str
+    name: str
+    arguments: str
+
+
 class Piece(Struct, frozen=True):
     """News of one choice.  Everything in it travels once; the last of a choice has its finish_reason."""
 
@@ -55,6 +76,19 @@ class Piece(Struct, frozen=True):
     @property
     def content(self) -> str:
         return "".join(delta.content for delta in self.deltas if isinstance(delta.content, str))
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """Those that begin in it, as far as it has them."""
+        pieces = [call for delta in self.deltas if isinstance(delta.tool_calls, tuple) for call in delta.tool_calls]
+        arguments: dict[int, list[str]] = {}
+        for piece in pieces:
+            arguments.setdefault(piece.index, []).append(piece.function.arguments)
+        return tuple(
+            ToolCall(piece.id, piece.function.name, "".join(arguments[piece.index]))
+            for piece in pieces
+            if isinstance(piece.id, str) and isinstance(piece.function.name, str)
+        )
 
 
 class ChoiceRule(Struct, frozen=True):

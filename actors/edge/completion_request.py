@@ -7,7 +7,8 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from vlmrt.actors.edge.request_fields import SamplingFields, check_sampling, parse_body, refuse
+from vlmrt.actors.edge.refusals import refuse
+from vlmrt.actors.edge.request_fields import SamplingFields, check_sampling, parse_body
 
 DEFAULT_MAX_TOKENS = 16  # as OpenAI has it
 

@@ -8,6 +8,7 @@ from concurrent.futures import Executor
 import msgspec
 from aiohttp import web
 
+from vlmrt.actors.edge.answer_form import AnswerForms
 from vlmrt.actors.edge.api_keys import tenant_salt
 from vlmrt.actors.edge.completion_format import CompletionFormat
 from vlmrt.actors.edge.completion_request import CompletionRequest, parse_completion_request
@@ -32,6 +33,7 @@ class CompletionEndpoint:
         sampling: SamplingDefaults,
         model: ServedModel,
         vocabulary: Vocabulary,
+        forms: AnswerForms,
     ) -> None:
         self._responder = responder
         self._prompts = prompts
@@ -39,6 +41,7 @@ class CompletionEndpoint:
         self._sampling = sampling
         self._model = model
         self._vocabulary = vocabulary
+        self._forms = forms
 
     async def post(self, request: web.Request) -> web.StreamResponse:
         return await self._responder.post(request, self._prepare)
@@ -51,7 +54,8 @@ class CompletionEndpoint:
         lease.give_back(len(body))
         del body
         prompts = fields.prompts()
-        generations = tuple([await self._generation(fields, prompt) for prompt in prompts])
+        grammar = (await self._forms.form(fields)).grammar
+        generations = tuple([await self._generation(fields, prompt, grammar) for prompt in prompts])
         token_ids = [generation.prompt.token_ids for generation in generations]
         answer_id = f"cmpl-{secrets.token_hex(16)}"
         echoes = list(map(self._text, prompts)) if fields.echo else None
@@ -63,7 +67,7 @@ class CompletionEndpoint:
             headers=ignored_fields(ignored),
         )
 
-    async def _generation(self, fields: CompletionRequest, prompt: str | list[int]) -> Generation:
+    async def _generation(self, fields: CompletionRequest, prompt: str | list[int], grammar: str) -> Generation:
         if isinstance(prompt, str):
             special = fields.add_special_tokens is not False
             token_ids = await self._prompts.encode_text(prompt, self._executor, add_special_tokens=special)
@@ -73,7 +77,7 @@ class CompletionEndpoint:
         room = self._model.max_model_len - len(token_ids)
         return Generation(
             prompt=self._prompts.text_prompt(token_ids, "prompt"),
-            rule=self._sampling.choice_rule(fields, room, fields.num_logprobs),
+            rule=self._sampling.choice_rule(fields, room, fields.num_logprobs, grammar=grammar),
             num_choices=fields.n or 1,
             cache_salt=fields.cache_salt or "",
             priority=fields.priority or 0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -23,11 +23,16 @@ class TextStream(Protocol):
 
 
 class Vocabulary:
-    """What the text streams of one tokenizer share: the bytes of each token, found once."""
+    """What the text streams of one tokenizer share: the bytes of each token, found once.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    Args: always_shown: special tokens that are text like any other.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, always_shown: Collection[str] = ()) -> None:
         self.tokenizer = tokenizer
-        self.special_ids = frozenset(id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+        added = tokenizer.get_added_tokens_decoder().items()
+        special = (id for id, token in added if token.special and token.content not in always_shown)
+        self.special_ids = frozenset(special)
         self._bytes: dict[int, bytes] = dict.fromkeys(self.special_ids, b"")
         decoder = msgspec.json.decode(tokenizer.to_str()).get("decoder") or {}
         self._byte_level = decoder.get("type") == "ByteLevel"

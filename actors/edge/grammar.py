@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -24,6 +25,8 @@ MAX_VERDICTS = 4096
 MAX_REASON_CHARS = 300
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 class Job(Generic[T]):
@@ -110,8 +113,14 @@ class GrammarChecker:
 
     def _load(self) -> None:
         if self._tokenizer is None:
-            text = self._file.read_text(encoding="utf-8")
-            self._tokenizer = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos_token_ids or None)
+            try:
+                text = self._file.read_text(encoding="utf-8")
+                self._tokenizer = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos_token_ids or None)
+            except (OSError, ValueError) as error:
+                logger.warning("no grammar can be followed: %s", error)
+                raise RequestError(
+                    "this model's tokenizer cannot be used with grammars", status=501, code="grammar_unavailable"
+                ) from None
 
     def _judge(self, text: str) -> str:
         """What is wrong with the grammar; the first mask shows what compiling it did not."""

@@ -6,6 +6,7 @@ import asyncio
 from collections import OrderedDict
 from concurrent.futures import Executor
 from hashlib import blake2b
+from math import prod
 
 import msgspec
 from msgspec import Struct
@@ -22,6 +23,7 @@ DIGEST_BYTES = 32
 LOW_DETAIL_PIXELS = 512 * 512  # detail "low": no picture is resized to more than this
 MAX_CACHED_HEADERS = 4096
 MAX_CACHED_OPTIONS = 256
+ENLARGED = 1 << 16  # a power of two: the aspect ratio stays exact
 
 
 class IdentifiedImage(Struct, frozen=True):
@@ -48,6 +50,7 @@ class NamedImage(Struct, frozen=True):
 class _Options(Struct, frozen=True):
     processing: ImageProcessing
     key: bytes  # of the model and the options
+    has_minimum: bool  # of the client, above the server's
 
 
 PromptImage = IdentifiedImage | NamedImage
@@ -90,15 +93,15 @@ class ImageIdentifier:
         options = self._options_within(limits)
         key = blake2b(content.digest(), digest_size=DIGEST_BYTES, key=options.key)
         key.update(cache_salt.encode())
-        image = self._identified(MmHash(key.hexdigest()), encoded, header, options.processing, param)
+        image = self._identified(MmHash(key.hexdigest()), encoded, header, options, param)
         return msgspec.structs.replace(image, uuid=uuid) if uuid else image
 
     def _options_within(self, limits: PixelLimits) -> _Options:
         known = self._options.get(limits)
         if known is None:
             processing = _limited(self._processing, limits)
-            encoded = msgspec.msgpack.encode((self._model_identity, processing))
-            known = _Options(processing, blake2b(encoded, digest_size=DIGEST_BYTES).digest())
+            key = blake2b(msgspec.msgpack.encode((self._model_identity, processing)), digest_size=DIGEST_BYTES)
+            known = _Options(processing, key.digest(), processing.min_pixels > self._processing.min_pixels)
             if len(self._options) >= MAX_CACHED_OPTIONS:
                 self._options.clear()
             self._options[limits] = known
@@ -120,11 +123,15 @@ class ImageIdentifier:
             )
 
     def _identified(
-        self, mm_hash: MmHash, encoded: bytes, header: ImageHeader, processing: ImageProcessing, param: str
+        self, mm_hash: MmHash, encoded: bytes, header: ImageHeader, options: _Options, param: str
     ) -> IdentifiedImage:
+        width, height, processing = header.width, header.height, options.processing
         try:
-            grid_thw = image_grid_thw(header.width, header.height, processing)
-            target_size = resized_size(header.width, header.height, processing)
+            target_size = resized_size(width, height, processing)
+            if options.has_minimum and prod(target_size) > processing.max_pixels:  # enlarged, and rounded up too far
+                width, height = width * ENLARGED, height * ENLARGED  # made smaller, and rounded down, instead
+                target_size = resized_size(width, height, processing)
+            grid_thw = image_grid_thw(width, height, processing)
         except ValueError as error:
             raise RequestError(f"{param}: {error}", param=param, code="invalid_image_size") from None
         num_tokens = num_image_tokens(grid_thw, processing.merge_size)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Raw
 
-from vlmrt.actors.edge.request_fields import refuse
+from vlmrt.actors.edge.refusals import refuse
 from vlmrt.runtime.errors import RequestError
 
 MAX_SCHEMA_BYTES = 256 << 10
@@ -28,11 +28,6 @@ BLANKS = r" |\n[ \t]{0,32}"  # between the tokens of an answer: room for an inde
 JsonObject = Annotated[Raw, Meta(extra_json_schema={"type": "object"})]  # of a request; built only within the limits
 
 _LOCAL = re.compile(r"#(?:/(?P<path>.*))?")
-
-
-def is_null(raw: Raw) -> bool:
-    """Whether the field is absent or null."""
-    return bytes(raw).strip() == b"null"
 
 
 def read_schema(raw: Raw, param: str) -> dict[str, Any]:

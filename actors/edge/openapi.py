@@ -243,7 +243,7 @@ def _responses(operation: Operation, is_guarded: bool) -> dict[str, Any]:
     else:
         content[TEXT] = {"schema": {"type": "string"}}
     if operation.events:
-        content[EVENTS] = {"schema": {"type": "string", "description": operation.events}}
+        content[EVENTS] = {"schema": {"description": operation.events}}  # readers differ in what they take an event for
     answers = {
         str(status): {
             "description": operation.summary,

@@ -41,6 +41,7 @@ class PromptBuilder:
     def __init__(self, template: ChatTemplate, tokenizer: Tokenizer, model: ModelConfig, max_model_len: int) -> None:
         self.tokenizer = tokenizer
         self.template_source = template.source
+        self.reads_tools = template.reads_tools
         self._template = template
         self._model = model
         self._max_model_len = max_model_len

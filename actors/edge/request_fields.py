@@ -10,6 +10,8 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta, Raw, Struct
 
+from vlmrt.actors.edge.refusals import MAX_SHOWN_CHARS, NULL, refuse, short
+from vlmrt.actors.edge.response_format import OutputGrammar, ResponseFormat, StructuredOutputs, output_grammar
 from vlmrt.runtime.errors import RequestError
 
 MAX_FIELDS = 256  # of the top level of a body
@@ -19,11 +21,9 @@ MAX_STOP_TOKEN_IDS = 256
 MAX_LOGIT_BIASES = 300
 MAX_LOGIT_BIAS = 100.0
 MAX_SALT_CHARS = 128
-MAX_SHOWN_CHARS = 60  # of a wrong value in an error message
 MAX_LOOKUP_BYTES = 1 << 20  # bodies above this get errors without the wrong value
 MAX_NAMED_BYTES = 4 << 20  # bodies above this do not have their unknown fields named
 
-NULL = Raw(b"null")
 PRINTABLE = re.compile(r"[\x21-\x7e]*")
 
 Int32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
@@ -62,6 +62,13 @@ class SamplingFields(Struct, frozen=True, kw_only=True):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     return_token_ids: bool | None = None  # the answer names its prompt_token_ids and token_ids
+    # what the answer's text is restricted to: one of them
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Raw = NULL
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     # accepted and without effect; what is ignored is never built
     user: Raw = NULL
     metadata: Raw = NULL
@@ -80,6 +87,17 @@ class SamplingFields(Struct, frozen=True, kw_only=True):
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def output_grammar(self) -> OutputGrammar | None:
+        """Raises: RequestError 400."""
+        return output_grammar(
+            self.response_format,
+            self.structured_outputs,
+            guided_json=self.guided_json,
+            guided_regex=self.guided_regex,
+            guided_choice=self.guided_choice,
+            guided_grammar=self.guided_grammar,
+        )
 
 
 _fields_decoder = msgspec.json.Decoder(dict[str, Raw])
@@ -130,11 +148,6 @@ def _show_value(body: bytes, param: str) -> str:
     return f" = {text if len(text) <= MAX_SHOWN_CHARS else text[:MAX_SHOWN_CHARS] + '...'}"
 
 
-def refuse(condition: bool, param: str, message: str, code: str = "invalid_value") -> None:
-    if condition:
-        raise RequestError(f"{param}{message}", param=param, code=code)
-
-
 def check_sampling(request: SamplingFields) -> None:
     """The checks between fields, and those that types cannot express.  Raises: RequestError 400."""
     unstreamed = request.stream_options is not None and not request.stream
@@ -154,15 +167,6 @@ def check_sampling(request: SamplingFields) -> None:
 def check_salt(salt: str) -> None:
     refuse(len(salt) > MAX_SALT_CHARS, "cache_salt", f" has {len(salt)} characters, more than {MAX_SALT_CHARS}")
     refuse(not PRINTABLE.fullmatch(salt), "cache_salt", " may hold printable ASCII without spaces only")
-
-
-def is_filled(value: Raw) -> bool:
-    return bytes(value).strip() not in (b"null", b"[]", b"{}")
-
-
-def short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= MAX_SHOWN_CHARS else text[:MAX_SHOWN_CHARS] + "..."
 
 
 def _check_stops(request: SamplingFields) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 from llguidance import LLMatcher
 from msgspec import Raw, Struct
 
-from vlmrt.actors.edge.json_schema import JsonObject, check_cost, is_null, json_rule, read_schema
-from vlmrt.actors.edge.request_fields import NULL, refuse, short
+from vlmrt.actors.edge.json_schema import JsonObject, check_cost, json_rule, read_schema
+from vlmrt.actors.edge.refusals import NULL, is_null, refuse, short
 
 MAX_GRAMMAR_BYTES = 256 << 10
 MAX_REGEX_BYTES = 16 << 10

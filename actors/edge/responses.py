@@ -49,10 +49,22 @@ class ChoiceLogprobs(Struct, frozen=True):
     refusal: None = None
 
 
+class CalledFunction(Struct, frozen=True):
+    name: str
+    arguments: str  # JSON of an object
+
+
+class ToolCall(Struct, frozen=True):
+    id: str
+    function: CalledFunction
+    type: Literal["function"] = "function"
+
+
 class AnswerMessage(Struct, frozen=True):
-    content: str
+    content: str | None  # None: nothing but calls
     role: Literal["assistant"] = "assistant"
     refusal: str | None = None
+    tool_calls: tuple[ToolCall, ...] | UnsetType = UNSET
 
 
 class Choice(Struct, frozen=True, kw_only=True):

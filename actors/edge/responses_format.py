@@ -10,9 +10,9 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Raw, Struct
 
-from vlmrt.actors.edge.choice import Piece
+from vlmrt.actors.edge.choice import Piece, ToolCallDelta
 from vlmrt.actors.edge.generation import Answer
-from vlmrt.actors.edge.request_fields import NULL
+from vlmrt.actors.edge.refusals import NULL
 from vlmrt.actors.edge.responses import ChatUsage, encode_json
 from vlmrt.actors.edge.responses_request import FunctionTool, NamedTools, ResponsesRequest, TextFormat, TextOptions
 from vlmrt.actors.edge.stream import DONE
@@ -45,6 +45,7 @@ class FunctionCall(Struct, frozen=True, tag_field="type", tag="function_call"):
 
 class InputTokensDetails(Struct, frozen=True):
     cached_tokens: int
+    cache_write_tokens: int = 0
 
 
 class OutputTokensDetails(Struct, frozen=True):
@@ -153,6 +154,8 @@ class ResponsesFormat:
             for delta in piece.deltas:
                 if isinstance(delta.content, str):
                     self._text(delta.content)
+                for call in delta.tool_calls or ():
+                    self._call(call)
             if piece.finish_reason is not None:
                 self._finish_reason = piece.finish_reason
                 self._finish()
@@ -192,13 +195,14 @@ class ResponsesFormat:
         self._texts.append(text)
         self._item_event("response.output_text.delta", content_index=0, delta=text, logprobs=())
 
-    def _call(self, call_id: str, name: str) -> None:
-        self._close("completed")
-        self._begin(FunctionCall(f"fc_{secrets.token_hex(16)}", "in_progress", call_id, name, ""))
-
-    def _arguments(self, text: str) -> None:
-        self._texts.append(text)
-        self._item_event("response.function_call_arguments.delta", delta=text)
+    def _call(self, piece: ToolCallDelta) -> None:
+        if piece.id and piece.function.name:
+            self._close("completed")
+            item_id = f"fc_{secrets.token_hex(16)}"
+            self._begin(FunctionCall(item_id, "in_progress", piece.id, piece.function.name, ""))
+        if piece.function.arguments:
+            self._texts.append(piece.function.arguments)
+            self._item_event("response.function_call_arguments.delta", delta=piece.function.arguments)
 
     def _finish(self) -> None:
         """No more comes: an answer of nothing at all is an empty message."""

@@ -9,7 +9,8 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from vlmrt.actors.edge.chat_request import ChatRequest
 from vlmrt.actors.edge.chat_translation import UNSUPPORTED, ChatMessages, FieldNames, chat_request, not_supported
-from vlmrt.actors.edge.request_fields import NULL, SamplingFields, parse_body, refuse
+from vlmrt.actors.edge.refusals import NULL, refuse
+from vlmrt.actors.edge.request_fields import SamplingFields, parse_body
 
 
 class InputPart(Struct, frozen=True, gc=False):
@@ -149,7 +150,7 @@ def _add_item(item: InputItem, path: str, messages: ChatMessages) -> None:
         case "function_call":
             for name in ("call_id", "name", "arguments"):
                 refuse(getattr(item, name) is None, f"{path}.{name}", " is required", "missing_field")
-            messages.add_call(item.call_id or "", item.name or "", item.arguments or "", path)
+            messages.add_call(item.call_id or "", item.name or "", item.arguments or "", path, "arguments")
         case "function_call_output":
             refuse(item.call_id is None, f"{path}.call_id", " is required", "missing_field")
             refuse(item.output is None, f"{path}.output", " is required", "missing_field")
@@ -208,9 +209,9 @@ def _text_fields(request: ResponsesRequest, names: FieldNames) -> dict[str, Any]
 
 def _tool_fields(request: ResponsesRequest, names: FieldNames) -> dict[str, Any]:
     fields: dict[str, Any] = {}
+    if request.parallel_tool_calls is not None:
+        fields["parallel_tool_calls"] = request.parallel_tool_calls
     if request.tools:
-        if request.parallel_tool_calls is not None:
-            fields["parallel_tool_calls"] = request.parallel_tool_calls
         fields["tools"] = [_tool(tool, index, names) for index, tool in enumerate(request.tools)]
     if isinstance(request.tool_choice, NamedTools):
         fields["tool_choice"] = _named(request.tool_choice, names)

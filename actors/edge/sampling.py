@@ -26,16 +26,22 @@ class SamplingDefaults:
         self._vocab_size = vocab_size
 
     def choice_rule(
-        self, fields: SamplingFields, room: int, num_logprobs: int, shape: Callable[[], Shape] = PlainText
+        self,
+        fields: SamplingFields,
+        room: int,
+        num_logprobs: int,
+        *,
+        grammar: str = "",
+        shape: Callable[[], Shape] = PlainText,
     ) -> ChoiceRule:
         """How one choice is sampled, ended and read.
 
-        Args: room: tokens that the context leaves for the answer; num_logprobs: as in Sampling.
+        Args: room: tokens that the context leaves for the answer; num_logprobs and grammar: as in Sampling.
         Raises: RequestError 400 where min_tokens does not fit, or a token id is not in the vocabulary.
         """
         stop = self.stop_rule(fields, room)
         return ChoiceRule(
-            sampling=self.sampling(fields, stop, num_logprobs),
+            sampling=self.sampling(fields, stop, num_logprobs, grammar),
             stop=stop,
             text=TextRule(
                 stops=fields.stops,
@@ -46,7 +52,7 @@ class SamplingDefaults:
             shape=shape,
         )
 
-    def sampling(self, fields: SamplingFields, stop: StopRule, num_logprobs: int = -1) -> Sampling:
+    def sampling(self, fields: SamplingFields, stop: StopRule, num_logprobs: int = -1, grammar: str = "") -> Sampling:
         generation = self._generation
         return Sampling(
             temperature=_first(fields.temperature, generation.temperature, 1.0),
@@ -59,6 +65,7 @@ class SamplingDefaults:
             seed=fields.seed if fields.seed is not None else secrets.randbits(63),
             logit_bias=self._logit_bias(fields, stop),
             num_logprobs=num_logprobs,
+            grammar=grammar,
         )
 
     def _logit_bias(self, fields: SamplingFields, stop: StopRule) -> tuple[LogitBias, ...]:

@@ -15,12 +15,14 @@ from vlmrt.actors.edge.chat_prompt import ChatPrompts
 from vlmrt.actors.edge.chat_request import ChatMessage, ProcessorOptions, make_conversation
 from vlmrt.actors.edge.open_requests import MediaBudget, MediaLease
 from vlmrt.actors.edge.prompt import PromptBuilder
-from vlmrt.actors.edge.request_fields import check_salt, parse_body, refuse
+from vlmrt.actors.edge.refusals import refuse
+from vlmrt.actors.edge.request_fields import check_salt, parse_body
 from vlmrt.actors.edge.responder import Responder, ignored_fields
 from vlmrt.actors.edge.responses import DetokenizeAnswer, TokenizeAnswer, encode_json
 from vlmrt.actors.edge.sampling import SamplingDefaults
 from vlmrt.actors.edge.scheduler_link import SchedulerLink
 from vlmrt.actors.edge.served_model import ServedModel
+from vlmrt.actors.edge.tools import Tool, tool_use
 
 
 class TokenizeRequest(Struct, frozen=True, kw_only=True):
@@ -34,6 +36,7 @@ class TokenizeRequest(Struct, frozen=True, kw_only=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     mm_processor_kwargs: ProcessorOptions | None = None
+    tools: list[Tool] | None = None
     cache_salt: str | None = None  # of the images that are named without their bytes
     return_token_strs: bool | None = None
 
@@ -100,6 +103,7 @@ class TokenizationEndpoint:
             template_variables=fields.chat_template_kwargs,
             processor=fields.mm_processor_kwargs,
             cache_salt=fields.cache_salt,
+            tools=tool_use(fields.tools, None).shown,
         )
         with self._link.look_up() as lookup:
             built = await self._chat_prompts.build(conversation, lease, lookup, body_bytes=body_bytes)

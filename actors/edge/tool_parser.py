@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Literal, Protocol
 
 import msgspec
@@ -58,31 +58,8 @@ class AnswerParser(Protocol):
     def flush(self) -> list[Delta]: ...
 
 
-class ToolCall(Struct, frozen=True):
-    id: str
-    name: str
-    arguments: str
-
-
 def new_call_id() -> str:
     return f"call_{secrets.token_hex(12)}"
-
-
-def join(deltas: Iterable[Delta]) -> tuple[str, tuple[ToolCall, ...]]:
-    """The whole answer that a stream of deltas amounts to."""
-    content: list[str] = []
-    starts: dict[int, CallStart] = {}
-    arguments: dict[int, list[str]] = {}
-    for delta in deltas:
-        match delta:
-            case Content():
-                content.append(delta.text)
-            case CallStart():
-                starts[delta.index] = delta
-            case Arguments():
-                arguments.setdefault(delta.index, []).append(delta.text)
-    calls = (ToolCall(call.id, call.name, "".join(arguments.get(call.index, ()))) for call in starts.values())
-    return "".join(content), tuple(calls)
 
 
 class NamedCallParser:

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Raw, Struct
 from tokenizers import Tokenizer
 
-from vlmrt.actors.edge.json_schema import JsonObject, check_cost, is_null, json_rule, read_schema
-from vlmrt.actors.edge.request_fields import NULL, refuse
+from vlmrt.actors.edge.json_schema import JsonObject, check_cost, json_rule, read_schema
+from vlmrt.actors.edge.refusals import NULL, is_null, refuse
 from vlmrt.actors.edge.response_format import NAME, OutputGrammar, check_size, lark_text
 from vlmrt.runtime.errors import RequestError
 
@@ -113,6 +113,9 @@ class ToolUse(Struct, frozen=True):
         return MAX_CALLS if self.parallel else 1
 
 
+NO_TOOLS = ToolUse("none")
+
+
 class CallTags(Struct, frozen=True):
     """How a grammar writes the marks around a call: single tokens where the tokenizer has them, else their text."""
 
@@ -144,7 +147,7 @@ def tool_use(
     mode = tool_choice or ("auto" if known else "none")
     refuse(mode == "required" and not known, "tool_choice", " = 'required' needs tools")
     if mode == "none" or not known:
-        return ToolUse("none")
+        return NO_TOOLS
     return ToolUse(mode, known, known, parallel)
 
 

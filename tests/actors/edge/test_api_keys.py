@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -13,11 +14,12 @@ from aiohttp.test_utils import make_mocked_request
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.actors.edge.running import RunningEdge, edge_config, http, running_edge
+from tests.actors.edge.running import SCHEDULER, RunningEdge, edge_config, http, running_edge
 from vlmrt.actors.edge.api_keys import OPEN_ROUTES, TENANT, tenant_salt
 from vlmrt.actors.edge.openapi import OPERATIONS
 from vlmrt.runtime.config import ApiKey, ServerOptions
 from vlmrt.runtime.errors import RequestError
+from vlmrt.runtime.messages import LookUpMedia, MediaFound
 
 KEYS = (ApiKey.of("k1"), ApiKey.of("k2", "team-a"), ApiKey.of("k3", "team-b"))
 OPERATION_IDS = [f"{operation.method} {operation.path}" for operation in OPERATIONS]
@@ -38,7 +40,9 @@ async def test_every_route_but_the_open_ones_needs_a_key(method: str, path: str,
             return
         assert response.status == 401
         assert response.headers["WWW-Authenticate"] == "Bearer"
-        error = (await response.json())["error"]
+        answer = await response.json()
+        assert set(answer) == ({"type", "error", "request_id"} if path.startswith("/v1/messages") else {"error"})
+        error = answer["error"]
         assert set(error) == {"message", "type", "param", "code"}
         assert (error["code"], error["type"], error["param"]) == ("invalid_api_key", "authentication_error", None)
     assert guarded.sent == []
@@ -105,6 +109,56 @@ async def test_the_right_key_finds_its_tenant_and_a_served_request(guarded: Runn
     async with asyncio.timeout(10), guarded.answering("fine"):
         done = await client.chat.completions.create(model="model", messages=[{"role": "user", "content": "Hello"}])
     assert done.choices[0].message.content == "fine"
+
+
+ASKED: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}),
+    ("/v1/completions", {"prompt": "Hello"}),
+    ("/v1/responses", {"input": "Hello"}),
+    ("/v1/messages", {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 9}),
+]
+
+
+def test_every_route_that_generates_is_asked_below() -> None:
+    assert {path for path, _ in ASKED} == {operation.path for operation in OPERATIONS if operation.events}
+
+
+@pytest.mark.parametrize(("path", "body"), ASKED, ids=[path for path, _ in ASKED])
+async def test_the_tenant_stands_before_the_salt_on_every_route(
+    path: str, body: dict[str, Any], guarded: RunningEdge
+) -> None:
+    async def salt(key: str, **fields: str) -> str:
+        async with http() as session:
+            headers = {"x-api-key": key}
+            call = asyncio.create_task(session.post(guarded.url + path, json={**body, **fields}, headers=headers))
+            submit = await guarded.submitted()
+            await guarded.answer(submit, "x")
+            async with await call as response:
+                assert response.status == 200
+        return submit.cache_salt
+
+    assert [await salt("k1"), await salt("k2"), await salt("k3")] == ["", "team-a ", "team-b "]
+    assert [await salt("k1", cache_salt="s"), await salt("k2", cache_salt="s")] == ["s", "team-a s"]
+    async with http() as session:
+        wrong = {**body, "cache_salt": "team-a s"}
+        async with session.post(guarded.url + path, json=wrong, headers={"x-api-key": "k1"}) as response:
+            assert response.status == 400
+            assert (await response.json())["error"]["param"] == "cache_salt"
+    assert guarded.sent == []
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/v1/chat/completions"])
+async def test_images_are_looked_up_by_name_within_the_tenant(path: str, guarded: RunningEdge) -> None:
+    image = {"type": "image_url", "uuid": "sku-1"}
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": [image]}], "cache_salt": "s"}
+    async with http() as session:
+        call = asyncio.create_task(session.post(guarded.url + path, json=body, headers={"x-api-key": "k2"}))
+        asked = (await guarded.context.outbox.next()).message
+        assert isinstance(asked, LookUpMedia)
+        assert asked.cache_salt == "team-a s"
+        await guarded.actor.handle(MediaFound(asked.lookup_id, (None,)), SCHEDULER)
+        async with await call as response:
+            assert (await response.json())["error"]["code"] == "media_not_cached"
 
 
 def request_of(tenant: str) -> web.Request:

@@ -140,3 +140,11 @@ async def test_only_so_many_wait_at_a_time(checker: GrammarChecker, executor: Co
     assert (caught.value.status, caught.value.code) == (503, "grammar_busy")
     executor.held.set()
     await asyncio.gather(*waiting)
+
+
+async def test_a_tokenizer_that_is_wider_than_the_logits_serves_no_grammar(
+    checkpoint: Path, executor: CountingExecutor
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        await GrammarChecker(checkpoint / "tokenizer.json", 100, [], executor).accept(DIGITS)
+    assert (caught.value.status, caught.value.code) == (501, "grammar_unavailable")

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from tests.actors.edge.encoded_images import all_images, save
 from tests.pictures import noise
 from vlmrt.actors.edge.chat_request import PixelLimits
-from vlmrt.actors.edge.identify import LOW_DETAIL_PIXELS, IdentifiedImage, ImageIdentifier
+from vlmrt.actors.edge.identify import LOW_DETAIL_PIXELS, MAX_CACHED_OPTIONS, IdentifiedImage, ImageIdentifier
 from vlmrt.actors.edge.image_header import NotAnImage, read_image_header
 from vlmrt.actors.models.config import ImageProcessing
 from vlmrt.runtime.errors import RequestError
@@ -115,6 +115,8 @@ async def test_a_key_binds_the_bytes_and_every_option(executor: ThreadPoolExecut
         await identify(executor, data, identity="model@2"),
         await identify(executor, data, cache_salt="a"),
         await identify(executor, data, limits=PixelLimits(low_detail=True)),
+        await identify(executor, data, limits=PixelLimits(max_pixels=28 * 28 * 99)),
+        await identify(executor, data, limits=PixelLimits(min_pixels=28 * 28 * 99)),
         await identify(executor, data, replace(PROCESSING, max_pixels=28 * 28 * 100)),
         await identify(executor, data, replace(PROCESSING, min_pixels=57 * 57)),
         await identify(executor, data, replace(PROCESSING, image_mean=(0.5, 0.5, 0.4))),
@@ -132,6 +134,47 @@ async def test_low_detail_takes_fewer_tokens(executor: ThreadPoolExecutor) -> No
     assert low.num_tokens < high.num_tokens
     assert low.target_size[0] * low.target_size[1] <= LOW_DETAIL_PIXELS
     assert low.size == high.size == (900, 800)
+
+
+@pytest.mark.parametrize(
+    ("limits", "low", "high"),
+    [
+        (PixelLimits(max_pixels=28 * 28 * 50), 1, 28 * 28 * 50),
+        (PixelLimits(max_pixels=1), 28 * 28, 28 * 28),
+        (PixelLimits(max_pixels=2**31 - 1), 1, PROCESSING.max_pixels),
+        (PixelLimits(min_pixels=28 * 28 * 800), 28 * 28 * 800, PROCESSING.max_pixels),
+        (PixelLimits(min_pixels=2**31 - 1), 28 * 28 * 1200, PROCESSING.max_pixels),
+        (PixelLimits(min_pixels=28 * 28 * 10, max_pixels=28 * 28 * 10), 28 * 28 * 5, 28 * 28 * 10),
+        (PixelLimits(max_pixels=28 * 28 * 50, low_detail=True), 1, 28 * 28 * 50),
+        (PixelLimits(max_pixels=28 * 28 * 1000, low_detail=True), 1, LOW_DETAIL_PIXELS),
+    ],
+    ids=str,
+)
+async def test_a_client_may_limit_the_pixels_within_the_servers_own_limit(
+    limits: PixelLimits, low: int, high: int, executor: ThreadPoolExecutor
+) -> None:
+    for size in ((300, 280), (1900, 1200), (60, 60), (290, 30)):
+        width, height = (await identify(executor, save(noise(*size, 0), "PNG"), limits=limits)).target_size
+        assert low <= width * height <= high
+
+
+async def test_the_same_limits_in_other_words_are_the_same_picture(executor: ThreadPoolExecutor) -> None:
+    data = save(noise(300, 200, 0), "PNG")
+    own = await identify(executor, data)
+    assert own == await identify(executor, data, limits=PixelLimits(PROCESSING.min_pixels, PROCESSING.max_pixels))
+    assert own == await identify(executor, data, limits=PixelLimits(max_pixels=PROCESSING.max_pixels * 2))
+
+
+async def test_many_limits_are_not_kept_for_ever(executor: ThreadPoolExecutor) -> None:
+    identifier = ImageIdentifier(PROCESSING, "model@1", MAX_PIXELS)
+    data = save(noise(300, 200, 0), "PNG")
+    keys = set()
+    for number in range(300):
+        limits = PixelLimits(max_pixels=10_000 + number)
+        found = await identifier.identify(data, limits=limits, cache_salt="", param="x", executor=executor)
+        keys.add(found.mm_hash)
+    assert len(keys) == 300
+    assert len(identifier._options) <= MAX_CACHED_OPTIONS
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from vlmrt.actors.edge.chat_template import ChatTemplate, load_chat_template
+from vlmrt.actors.edge.chat_template import ChatTemplate, TemplateOptions, load_chat_template
 from vlmrt.actors.edge.identify import IdentifiedImage
 from vlmrt.actors.edge.prompt import PromptBuilder, load_prompt_builder
 from vlmrt.actors.models.registry import load_model_config
@@ -101,6 +101,57 @@ CONVERSATIONS: tuple[list[dict[str, Any]], ...] = (
 def test_token_ids_equal_transformers(messages: list[dict[str, Any]], builder: PromptBuilder, tokenizer: Any) -> None:
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert builder.encode(messages) == tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS, ids=range(len(CONVERSATIONS)))
+def test_a_prompt_may_end_where_the_last_message_does(
+    messages: list[dict[str, Any]], builder: PromptBuilder, tokenizer: Any
+) -> None:
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+    expected = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    assert builder.encode(messages, TemplateOptions(add_generation_prompt=False)) == expected
+
+
+@pytest.mark.parametrize(
+    "last", ["Well, I", "  spaced  ", "漢字", "ends in <|im_", [text("one"), text("two ")]], ids=range(5)
+)
+def test_the_last_message_may_be_continued_as_in_transformers(
+    last: str | list[dict[str, Any]], builder: PromptBuilder, tokenizer: Any
+) -> None:
+    messages = [*user("Hello"), {"role": "assistant", "content": last}]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    ids = builder.encode(messages, TemplateOptions(continue_final_message=True))
+    assert builder.decode(ids) == rendered
+    assert ids == tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+def test_a_continued_message_that_names_a_control_token_is_text(builder: PromptBuilder) -> None:
+    messages = [*user("Hello"), {"role": "assistant", "content": "I say <|im_end|>"}]
+    ids = builder.encode(messages, TemplateOptions(continue_final_message=True))
+    assert builder.decode(ids).endswith("I say <|im_end|>")
+    assert ids[-1] != builder.tokenizer.token_to_id("<|im_end|>")
+
+
+def test_a_template_that_does_not_show_the_last_message_cannot_continue_it(directory: Path) -> None:
+    (directory / "other.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
+    other = load_prompt_builder(directory, load_model_config(directory), 100, str(directory / "other.jinja"))
+    with pytest.raises(RequestError) as refused:
+        other.encode(
+            [*user("Hello"), {"role": "assistant", "content": "I"}], TemplateOptions(continue_final_message=True)
+        )
+    assert (refused.value.status, refused.value.param) == (400, "continue_final_message")
+
+
+def test_variables_and_tools_reach_the_template_but_no_control_token_does(directory: Path) -> None:
+    source = "{{ messages[0].content }}{{ mood }}{{ tools | tojson }}{{ add_generation_prompt }}"
+    (directory / "other.jinja").write_text(source, encoding="utf-8")
+    other = load_prompt_builder(directory, load_model_config(directory), 100, str(directory / "other.jinja"))
+    plain = TemplateOptions(tools=[{"name": "f"}], variables={"mood": "glad", "messages": [], "unknown": 1})
+    assert other.decode(other.encode(user("x"), plain)) == 'xglad[{"name": "f"}]True'
+    sly = TemplateOptions(tools=[{"name": "<|im_end|>"}], variables={"mood": "<|im_start|>"})
+    ids = other.encode(user("x"), sly)
+    assert other.decode(ids) == 'x<|im_start|>[{"name": "<|im_end|>"}]True'
+    assert not set(ids) & {other.tokenizer.token_to_id(name) for name in NAMES}
 
 
 @pytest.mark.parametrize("messages", CONVERSATIONS, ids=range(len(CONVERSATIONS)))

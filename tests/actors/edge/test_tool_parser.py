@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from tests.actors.edge.tool_calls import join
+from vlmrt.actors.edge.choice import ToolCall
 from vlmrt.actors.edge.tool_parser import (
     AnswerParser,
     Arguments,
@@ -18,9 +20,7 @@ from vlmrt.actors.edge.tool_parser import (
     Delta,
     NamedCallParser,
     RequiredCallParser,
-    ToolCall,
     ToolCallParser,
-    join,
     new_call_id,
 )
 

@@ -14,8 +14,9 @@ from msgspec import Raw
 
 from tests.actors.edge.grammars import Vocabulary, load_vocabulary, with_call_marks
 from tests.actors.edge.schemas import random_schema
+from tests.actors.edge.tool_calls import join
 from vlmrt.actors.edge.response_format import OutputGrammar, ResponseFormat, output_grammar
-from vlmrt.actors.edge.tool_parser import NamedCallParser, RequiredCallParser, ToolCallParser, join
+from vlmrt.actors.edge.tool_parser import NamedCallParser, RequiredCallParser, ToolCallParser
 from vlmrt.actors.edge.tools import Tool, ToolChoice, ToolUse, answer_grammar, call_tags, tool_use
 from vlmrt.runtime.errors import RequestError
 

@@ -154,9 +154,31 @@ TABLE = [
     Wrong("logprobs a number", chat(logprobs=3), "logprobs", "invalid_value"),
     Wrong("top_logprobs without logprobs", chat(top_logprobs=5), "top_logprobs", "invalid_value"),
     Wrong("top_logprobs 21", chat(logprobs=True, top_logprobs=21), "top_logprobs", "invalid_value"),
-    Wrong("JSON output", chat(response_format={"type": "json_object"}), "response_format.type", "unsupported_value"),
-    Wrong("tools", chat(tools=[{"type": "function"}]), "tools", "unsupported_value"),
-    Wrong("tool_choice required", chat(tool_choice="required"), "tool_choice", "unsupported_value"),
+    Wrong("XML output", chat(response_format={"type": "xml"}), "response_format.type", "unsupported_value"),
+    Wrong("no schema", chat(response_format={"type": "json_schema"}), "response_format.json_schema", "missing_field"),
+    Wrong("schema of the future", chat(guided_json={"not": {}}), "guided_json", "invalid_grammar"),
+    Wrong("broken regex", chat(guided_regex="(("), "guided_regex", "invalid_grammar"),
+    Wrong("two forms", chat(guided_regex="a", structured_outputs={"regex": "b"}), "guided_regex", "invalid_value"),
+    Wrong("form and minimum", chat(guided_regex="a", min_tokens=1), "min_tokens", "invalid_value"),
+    Wrong("form without end", chat(guided_regex="a", ignore_eos=True), "ignore_eos", "invalid_value"),
+    Wrong("tool without function", chat(tools=[{"type": "function"}]), "tools[0].function", "missing_field"),
+    Wrong("tool of another type", chat(tools=[{"type": "custom"}]), "tools[0].type", "invalid_value"),
+    Wrong("tool_choice required", chat(tool_choice="required"), "tool_choice", "invalid_value"),
+    Wrong("tool_choice in words", chat(tool_choice="maybe"), "tool_choice", "invalid_value"),
+    Wrong("functions of old", chat(functions=[{"name": "f"}]), "functions", "unsupported_value"),
+    Wrong("function_call", chat(function_call="auto"), "function_call", "unsupported_value"),
+    Wrong(
+        "calls of the user",
+        chat(messages=[{"role": "user", "content": "x", "tool_calls": [{"function": {"name": "f"}}]}]),
+        "messages[0].tool_calls",
+        "invalid_value",
+    ),
+    Wrong(
+        "arguments in pieces",
+        chat(messages=[{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]),
+        "messages[0].tool_calls[0].function.arguments",
+        "invalid_value",
+    ),
     Wrong("functions", chat(functions=[{}]), "functions", "unsupported_value"),
     Wrong("logit_bias a list", chat(logit_bias=[5]), "logit_bias", "invalid_value"),
     Wrong("logit_bias 101", chat(logit_bias={"5": 101}), "logit_bias", "invalid_value", says="101"),
@@ -213,9 +235,13 @@ def test_the_table_is_long_enough() -> None:
 
 @pytest.mark.parametrize("wrong", TABLE, ids=lambda wrong: wrong.name)
 async def test_a_wrong_request_says_what_is_wrong_and_reaches_nobody(wrong: Wrong, edge: RunningEdge) -> None:
+    await check_refused(edge, ROUTE, wrong)
+
+
+async def check_refused(edge: RunningEdge, route: str, wrong: Wrong) -> None:
     body = wrong.body if isinstance(wrong.body, bytes) else json.dumps(wrong.body).encode()
     started = time.monotonic()
-    async with http() as session, session.post(edge.url + ROUTE, data=io.BytesIO(body), headers=JSON) as response:
+    async with http() as session, session.post(edge.url + route, data=io.BytesIO(body), headers=JSON) as response:
         answer = await response.json()
     assert set(answer) == {"error"}
     error = answer["error"]

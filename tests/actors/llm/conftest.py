@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.actors.llm.driver import Request, RowPages, media_item
 from tests.reference import Reference
+from vlmrt.actors.llm.grammar import GrammarCompiler, load_tokenizer
 from vlmrt.actors.models.checkpoint_files import check_weight_files
 from vlmrt.actors.models.config import ModelConfig
 from vlmrt.actors.models.layers import TensorParallel
@@ -88,6 +89,16 @@ def load_checkpoint(preset: str, directory: Path) -> Checkpoint:
     model = loaders.load_language(files, config, TensorParallel(), CPU, torch.float32)
     tower = loaders.load_vision(files, config, CPU, torch.float32)
     return Checkpoint(directory, config, model, tower, Reference(directory))
+
+
+@pytest.fixture(scope="session")
+def compiler(one_checkpoint: Checkpoint) -> Iterator[GrammarCompiler]:
+    config = one_checkpoint.config
+    made = GrammarCompiler(
+        lambda: load_tokenizer(one_checkpoint.directory, config.text.vocab_size, config.eos_token_ids)
+    )
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session", params=PRESETS)

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from vlmrt.actors.llm.grammar import GrammarCompiler
 from vlmrt.actors.llm.kv_cache import allocate, block_shape, by_layer
 from vlmrt.actors.llm.kv_host_tier import HostBlocks, KvHostTier
 from vlmrt.actors.llm.runner import PendingStep, Runner
@@ -236,6 +237,7 @@ def make_runner(
     slab: FakeSlab | None = None,
     device: str = "cpu",
     num_host_blocks: int = 0,
+    compiler: GrammarCompiler | None = None,
 ) -> Runner:
     on = torch.device(device)
     cache = allocate(NUM_BLOCKS, BLOCK_SIZE, config.text, tp.size, torch.float32, on)
@@ -246,7 +248,9 @@ def make_runner(
         host_tier = KvHostTier(cache, host)
     slots = Slots(NUM_SLOTS, MAX_MODEL_LEN, BLOCK_SIZE)
     merge_size = config.vision.spatial_merge_size
-    runner = Runner(model, by_layer(cache), slots, merge_size, on, tp_size=tp.size, host_tier=host_tier)
+    runner = Runner(
+        model, by_layer(cache), slots, merge_size, on, tp_size=tp.size, host_tier=host_tier, compiler=compiler
+    )
     if slab is not None:
         runner.attach((VIT, VIT_EPOCH), slab)
     return runner

@@ -33,10 +33,14 @@ SCHEDULER = ActorName("scheduler:0")
 NUM_STEPS = 8
 LENGTHS = (13, 6)
 NUM_DETOUR_STEPS = 6
+GRAMMAR = "start: /[a-z]{300}/"
 
 
 def plans(first_id: int, num_steps: int) -> Iterator[StepPlan]:
-    """Two sequences, one greedy and one drawn, prefilled together in chunks and decoded ahead of their tokens."""
+    """Two sequences, one greedy and one drawn, prefilled together in chunks and decoded ahead of their tokens.
+
+    The drawn one follows a grammar.
+    """
     admit = tuple(
         NewSequence(
             slot,
@@ -45,7 +49,7 @@ def plans(first_id: int, num_steps: int) -> Iterator[StepPlan]:
             length,
             (),
             0,
-            Sampling(temperature=float(slot), seed=slot),
+            Sampling(temperature=float(slot), seed=slot, grammar=GRAMMAR if slot else "", num_logprobs=2 * slot),
             tuple(range(10 * slot, 10 * slot + 10)),
         )
         for slot, length in enumerate(LENGTHS)

@@ -12,18 +12,31 @@ import torch
 from tests.actors.llm.conftest import Checkpoint
 from tests.actors.llm.driver import PAGE_ROWS, Driver, FakeSlab, Request, make_runner
 from tests.actors.llm.rank_process import NUM_STEPS, plans, until_run
+from tests.actors.llm.test_grammar import mixed_requests
+from tests.actors.llm.test_logprobs import check_logprobs
 from tests.actors.llm.test_runner import GRIDS
 from tests.support import FakeContext, make_config, peer_up
 from vlmrt.actors.llm.actor import LlmActor
+from vlmrt.actors.llm.grammar import GrammarCompiler
 from vlmrt.actors.llm.step_graphs import StepShape
 from vlmrt.actors.models.checkpoint_files import check_weight_files
 from vlmrt.actors.models.layers import TensorParallel
+from vlmrt.actors.models.qwen2_vl.language import LanguageModel
 from vlmrt.actors.models.registry import family
 from vlmrt.runtime.actor import ActorContext
 from vlmrt.runtime.config import MemoryOptions, ParallelOptions, SchedulingOptions
-from vlmrt.runtime.messages import ActorName, SchedulerReady, StepResult
+from vlmrt.runtime.messages import ActorName, Sampling, SchedulerReady, StepResult
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+DEVICE = "cuda:0"
+
+
+def load_language(checkpoint: Checkpoint) -> LanguageModel:
+    files = check_weight_files(checkpoint.directory)
+    loaders = family(checkpoint.config.model_type)
+    return loaders.load_language(files, checkpoint.config, TensorParallel(), torch.device(DEVICE), torch.float32)
 
 
 @pytest.fixture(autouse=True)
@@ -38,16 +51,8 @@ def _memory_of_other_tests_is_free() -> None:
 def test_steps_launched_ahead_give_the_reference_s_tokens(
     checkpoint: Checkpoint, shapes: tuple[StepShape, ...]
 ) -> None:
-    device = "cuda:0"
-    model = family(checkpoint.config.model_type).load_language(
-        check_weight_files(checkpoint.directory),
-        checkpoint.config,
-        TensorParallel(),
-        torch.device(device),
-        torch.float32,
-    )
-    slab = FakeSlab(64, PAGE_ROWS, checkpoint.config.text.hidden_size, device)
-    runner = make_runner(model, checkpoint.config, TensorParallel(), slab, device)
+    slab = FakeSlab(64, PAGE_ROWS, checkpoint.config.text.hidden_size, DEVICE)
+    runner = make_runner(load_language(checkpoint), checkpoint.config, TensorParallel(), slab, DEVICE)
     if shapes:
         runner.record(shapes)
     driver = Driver(runner)
@@ -62,6 +67,40 @@ def test_steps_launched_ahead_give_the_reference_s_tokens(
     driver.decode(running, 8)
     for request, inputs in pairs:
         checkpoint.reference.judge(inputs, request.output_ids)
+
+
+@pytest.mark.parametrize(
+    "shapes", [(), (StepShape(1), StepShape(2), StepShape(6)), (StepShape(2), StepShape(3, 4, 2), StepShape(6, 8, 2))]
+)
+def test_what_rows_ask_of_the_sampler_is_done_as_on_a_cpu(
+    one_checkpoint: Checkpoint, compiler: GrammarCompiler, shapes: tuple[StepShape, ...]
+) -> None:
+    """Biases, penalties, grammars and log-probabilities; beside rows that ask for nothing, and in greedy steps."""
+    penalised = Sampling(temperature=0.0, presence_penalty=2.0, num_logprobs=3)
+    model = load_language(one_checkpoint)
+    outputs = []
+    for device in ("cpu", DEVICE):
+        on_device = model if device == DEVICE else one_checkpoint.model
+        runner = make_runner(on_device, one_checkpoint.config, TensorParallel(), device=device, compiler=compiler)
+        if shapes and device == DEVICE:
+            runner.record(shapes)
+        driver = Driver(runner)
+        requests = [*mixed_requests(one_checkpoint), one_checkpoint.prompt(50, 9, sampling=penalised)[0]]
+        running: list[Request] = []
+        for request in requests:
+            driver.admit(request)
+            while request.num_computed < request.num_prompt_tokens:
+                chunk = min(4, request.num_prompt_tokens - request.num_computed)
+                driver.run([(other, 1) for other in running] + [(request, chunk)])
+            running.append(request)
+        driver.decode(running, 5)
+        for alone in (requests[5], requests[3], requests[2]):  # penalties, nothing, a grammar: each greedy
+            driver.decode([alone], 3)
+        driver.decode([requests[2], requests[3]], 2, one_ahead=False)
+        outputs.append([request.output_ids for request in requests])
+        for request in requests:
+            check_logprobs(one_checkpoint, request, tolerance=1e-3)
+    assert outputs[1] == outputs[0]
 
 
 @pytest.mark.parametrize(
