@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from vlmrt.tools import demo
 
 LISTS = Path(__file__).parent / "environments"
 BUILT = ROOT / ".build" / "judges"
-TIMEOUT_S = 900
+TIMEOUT_S = 600
 NUM_REQUESTS = 200
 SEED = 1
 SHOWN_LINES = 60
@@ -165,21 +166,31 @@ def judge(run: Run, url: str) -> str:
         return f"could not be installed: {reason}"
     directory = BUILT / run.name.replace(" ", "-")
     directory.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "NO_COLOR": "1", "COLUMNS": "160"}
-    began_s = time.monotonic()
-    try:
-        done = subprocess.run(
-            [str(python), *run.arguments(url, directory)],
-            cwd=directory, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            timeout=TIMEOUT_S, check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return f"took longer than {TIMEOUT_S} s"
-    (directory / "output.txt").write_text(done.stdout)
-    print("\n".join(done.stdout.splitlines()[-SHOWN_LINES:]), flush=True)
-    if done.returncode:
-        return f"exit status {done.returncode}; see {(directory / 'output.txt').relative_to(ROOT)}"
+    began_s, output = time.monotonic(), directory / "output.txt"
+    status = _run([str(python), *run.arguments(url, directory)], directory, output)
+    print("\n".join(output.read_text(errors="replace").splitlines()[-SHOWN_LINES:]), flush=True)
+    if status is None:
+        return f"took longer than {TIMEOUT_S} s; see {output.relative_to(ROOT)}"
+    if status:
+        return f"exit status {status}; see {output.relative_to(ROOT)}"
     return run.failures(directory) or f"passed in {time.monotonic() - began_s:.0f} s"
+
+
+def _run(command: list[str], directory: Path, output: Path) -> int | None:
+    """The exit status; None where it took too long, and then whatever it started is ended too."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "NO_COLOR": "1", "COLUMNS": "160"}
+    with output.open("wb") as file:
+        process = subprocess.Popen(
+            command, cwd=directory, env=environment, stdout=file, stderr=file, start_new_session=True
+        )
+        try:
+            return process.wait(TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 if __name__ == "__main__":
