@@ -18,7 +18,7 @@ from vlmrt.actors.edge.completions import CompletionEndpoint
 from vlmrt.actors.edge.detokenizer import Vocabulary
 from vlmrt.actors.edge.fetch import MediaFetcher, Resolve
 from vlmrt.actors.edge.generation import Generator
-from vlmrt.actors.edge.grammar import GrammarChecker
+from vlmrt.actors.edge.grammar import GrammarChecker, load_grammar_tokenizer
 from vlmrt.actors.edge.health import Health
 from vlmrt.actors.edge.identify import ImageIdentifier
 from vlmrt.actors.edge.open_requests import MediaBudget
@@ -130,9 +130,9 @@ class EdgeActor:
         config, metrics, executor = self._context.config, self._context.metrics, self._executor
         vocabulary = Vocabulary(prompts.tokenizer, always_shown=(CALL_BEGIN, CALL_END))
         eos_token_ids = tuple(dict.fromkeys((*generation.eos_token_ids, *model.eos_token_ids)))
-        checker = GrammarChecker(
-            Path(config.model.directory) / "tokenizer.json", model.text.vocab_size, eos_token_ids, self._grammar_thread
-        )
+        file = Path(config.model.directory) / "tokenizer.json"
+        tokenizer = load_grammar_tokenizer(file, model.text.vocab_size, eos_token_ids)
+        checker = GrammarChecker(tokenizer, self._grammar_thread)
         forms = AnswerForms(checker, call_tags(prompts.tokenizer))
         generator = Generator(self._link, vocabulary, config.scheduling, metrics)
         responder = Responder(config.server, self._link, self._budget, generator, metrics, self._write_timeout_s)

@@ -54,6 +54,7 @@ class CompletionEndpoint:
         lease.give_back(len(body))
         del body
         prompts = fields.prompts()
+        self._responder.check_room(len(prompts) * (fields.n or 1))
         grammar = (await self._forms.form(fields)).grammar
         generations = tuple([await self._generation(fields, prompt, grammar) for prompt in prompts])
         token_ids = [generation.prompt.token_ids for generation in generations]

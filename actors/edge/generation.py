@@ -53,12 +53,15 @@ class Generator:
         Raises: RequestError 503 where the scheduler is not up or does not take more; 429 where it has no room for all
         choices, 400 where it never has.
         """
-        self._check_room(sum(generation.num_choices for generation in generations))
+        self.check_room(sum(generation.num_choices for generation in generations))
         with ExitStack() as requests:
             yield Answer(answer_id, generations, self._link, self._vocabulary, requests, self._metrics, arrived_s)
 
-    def _check_room(self, num_choices: int) -> None:
-        """What the scheduler would refuse only after some of an answer's requests have begun."""
+    def check_room(self, num_choices: int) -> None:
+        """Refuse what the scheduler would refuse only after some of an answer's requests have begun.
+
+        Raises: RequestError 429, or 400 where waiting would not help.
+        """
         if num_choices > self._max_open:
             raise RequestError(
                 f"n asks for {num_choices} choices in all, more than the {self._max_open} that the server takes",

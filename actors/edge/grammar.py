@@ -19,8 +19,7 @@ from vlmrt.actors.edge.response_format import OutputGrammar, check_size
 from vlmrt.runtime.errors import RequestError
 
 DEADLINE_S = 5.0  # what is known to take longer is refused before; half of it, alone, is too long
-LOAD_DEADLINE_S = 60.0  # of the tokenizer, once; a vocabulary of 152,000 takes a second
-MAX_WAITING = 64  # grammars that are compiled or wait for it
+MAX_WAITING = 256  # grammars that are compiled or wait for it
 MAX_VERDICTS = 4096
 MAX_REASON_CHARS = 300
 
@@ -45,43 +44,53 @@ class Job(Generic[T]):
         return 0.0 if self._began_s is None else time.monotonic() - self._began_s
 
 
+def load_grammar_tokenizer(file: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> LLTokenizer | None:
+    """The tokenizer as grammars are compiled against, for logits of that width; None where it cannot be used.
+
+    To be called before anybody is served: a vocabulary of 152,000 takes 1.4 s, in which no other Python code runs.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        return LLTokenizer(text, n_vocab=vocab_size, eos_token=list(eos_token_ids) or None)
+    except (OSError, ValueError) as error:
+        logger.warning("%s: requests with a grammar will be refused: %s", file, error)
+        return None
+
+
 class GrammarChecker:
     """Compiles grammars as the ranks will, in a thread of its own, and remembers what came of it."""
 
-    def __init__(
-        self,
-        tokenizer_file: Path,
-        vocab_size: int,
-        eos_token_ids: Sequence[int],
-        executor: Executor,
-        deadline_s: float = DEADLINE_S,
-    ) -> None:
-        """Args: vocab_size is the width of the logits; the executor has one thread, which nothing else waits for."""
-        self._file = tokenizer_file
-        self._vocab_size = vocab_size
-        self._eos_token_ids = list(eos_token_ids)
+    def __init__(self, tokenizer: LLTokenizer | None, executor: Executor, deadline_s: float = DEADLINE_S) -> None:
+        """Args: the executor has one thread, which nothing else waits for."""
+        self._tokenizer = tokenizer
         self._executor = executor
         self._deadline_s = deadline_s
-        self._tokenizer: LLTokenizer | None = None
         self._num_waiting = 0
         self._verdicts: OrderedDict[bytes, str] = OrderedDict()  # what is wrong with a grammar; empty: nothing
 
     async def accept(self, grammar: OutputGrammar) -> str:
         """The grammar as a rank reads it.
 
-        Raises: RequestError 400 where it cannot be kept to, 503 where too many others are being compiled.
+        Raises: RequestError 400 where it cannot be kept to, 503 where too many others are being compiled, 501 where
+        no grammar can be.
         """
+        tokenizer = self._tokenizer
+        if tokenizer is None:
+            raise RequestError(
+                f"{grammar.param}: this model's tokenizer cannot be used with grammars",
+                status=501,
+                code="grammar_unavailable",
+                param=grammar.param,
+            )
         text = grammar.text
         if grammar.is_gbnf:
-            text = await self._run(lambda: _translated(grammar), self._deadline_s) or ""
+            text = await self._run(lambda: _translated(grammar)) or ""
             if not text:
                 raise _refused(grammar.param, self._too_slow())
         digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
         verdict = self._verdicts.get(digest)
         if verdict is None:
-            if self._tokenizer is None:
-                await self._run(self._load, LOAD_DEADLINE_S)
-            verdict = await self._run(lambda: self._judge(text), self._deadline_s)
+            verdict = await self._run(lambda: _judge(tokenizer, text))
             verdict = self._too_slow() if verdict is None else verdict
             self._verdicts[digest] = verdict
             if len(self._verdicts) > MAX_VERDICTS:
@@ -92,17 +101,17 @@ class GrammarChecker:
             raise _refused(grammar.param, verdict)
         return text
 
-    async def _run(self, work: Callable[[], T], deadline_s: float) -> T | None:
+    async def _run(self, work: Callable[[], T]) -> T | None:
         """What the work returns; None: it was given enough time and has not ended."""
         if self._num_waiting >= MAX_WAITING:
             raise _busy()
         job = Job(work)
         self._num_waiting += 1
         try:
-            async with asyncio.timeout(deadline_s):
+            async with asyncio.timeout(self._deadline_s):
                 return await asyncio.get_running_loop().run_in_executor(self._executor, job)
         except TimeoutError:
-            if job.ran_s() < deadline_s / 2:  # it stood behind others
+            if job.ran_s() < self._deadline_s / 2:  # it stood behind others
                 raise _busy() from None
             return None
         finally:
@@ -111,28 +120,17 @@ class GrammarChecker:
     def _too_slow(self) -> str:
         return f"takes longer than {self._deadline_s:g} s to compile"
 
-    def _load(self) -> None:
-        if self._tokenizer is None:
-            try:
-                text = self._file.read_text(encoding="utf-8")
-                self._tokenizer = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos_token_ids or None)
-            except (OSError, ValueError) as error:
-                logger.warning("no grammar can be followed: %s", error)
-                raise RequestError(
-                    "this model's tokenizer cannot be used with grammars", status=501, code="grammar_unavailable"
-                ) from None
 
-    def _judge(self, text: str) -> str:
-        """What is wrong with the grammar; the first mask shows what compiling it did not."""
-        assert self._tokenizer is not None
-        matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=LLParserLimits(verbose_errors=False))
-        if not matcher.is_error():
-            matcher.compute_bitmask()
-        reason = matcher.get_error()
-        if reason.startswith("NoExtension") or (not reason and matcher.is_stopped() and not matcher.is_accepting()):
-            return "no text matches it"
-        first_line = reason.partition("\n")[0]
-        return first_line if len(first_line) <= MAX_REASON_CHARS else first_line[:MAX_REASON_CHARS] + "..."
+def _judge(tokenizer: LLTokenizer, text: str) -> str:
+    """What is wrong with the grammar; the first mask shows what compiling it did not."""
+    matcher = LLMatcher(tokenizer, text, log_level=0, limits=LLParserLimits(verbose_errors=False))
+    if not matcher.is_error():
+        matcher.compute_bitmask()
+    reason = matcher.get_error()
+    if reason.startswith("NoExtension") or (not reason and matcher.is_stopped() and not matcher.is_accepting()):
+        return "no text matches it"
+    first_line = reason.partition("\n")[0]
+    return first_line if len(first_line) <= MAX_REASON_CHARS else first_line[:MAX_REASON_CHARS] + "..."
 
 
 def _translated(grammar: OutputGrammar) -> str:

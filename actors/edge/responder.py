@@ -6,8 +6,8 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Protocol
 
 from aiohttp import web
@@ -94,16 +94,27 @@ class Responder:
     async def read_body(self, request: web.Request, lease: MediaLease) -> bytes:
         return await read_json_body(request, self._options.max_body_mib << 20, lease)
 
+    @asynccontextmanager
+    async def in_time(self) -> AsyncIterator[None]:
+        """Raises: RequestError 504 where the block takes longer than a request may."""
+        timeout_s = self._options.request_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                yield
+        except TimeoutError:
+            raise _too_late(timeout_s) from None
+
+    def check_room(self, num_choices: int) -> None:
+        """Raises: RequestError 400 or 429 where there is no room for so many, however long they take."""
+        self._generator.check_room(num_choices)
+
     async def _answer(self, request: web.Request, prepare: Prepare) -> web.StreamResponse:
         arrived_s = time.monotonic()
         self._link.check_open()
         timeout_s = self._options.request_timeout_s
         with self._budget.lease() as lease, self._link.look_up() as lookup:
-            try:
-                async with asyncio.timeout(timeout_s):
-                    prepared = await prepare(request, lease, lookup)
-            except TimeoutError:
-                raise _too_late(timeout_s) from None
+            async with self.in_time():
+                prepared = await prepare(request, lease, lookup)
             with (
                 self._generator.run(prepared.answer_id, prepared.generations, arrived_s) as answer,
                 _deadline(answer, arrived_s + timeout_s, timeout_s),

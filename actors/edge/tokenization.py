@@ -106,7 +106,8 @@ class TokenizationEndpoint:
             tools=tool_use(fields.tools, None).shown,
         )
         with self._link.look_up() as lookup:
-            built = await self._chat_prompts.build(conversation, lease, lookup, body_bytes=body_bytes)
+            async with self._responder.in_time():
+                built = await self._chat_prompts.build(conversation, lease, lookup, body_bytes=body_bytes)
         return built.prompt.token_ids
 
     async def detokenize(self, request: web.Request) -> web.Response:

@@ -161,6 +161,7 @@ TABLE = [
     Wrong("best_of above n", prompt(best_of=3, n=2), "best_of", "unsupported_value", says="2"),
     Wrong("unknown model", prompt(model="gpt-9"), "model", "model_not_found", 404),
     Wrong("too many choices in all", prompt(["x"] * 10, n=128), "n", "invalid_value", says="1280"),
+    Wrong("very many prompts", prompt(["x"] * 10**6), "n", "invalid_value", says="1000000"),
     Wrong("stream_options without stream", prompt(stream_options={}), "stream_options", "invalid_value"),
 ]
 

@@ -10,6 +10,7 @@ from typing import Any
 import openai
 import pytest
 
+from tests.actors.edge.raw import connection
 from tests.actors.edge.running import MODEL, RunningEdge, edge_config, http, running_edge
 from tests.pictures import picture
 from vlmrt.actors.edge.responses import encode_json
@@ -126,6 +127,23 @@ async def test_a_choice_stopped_by_a_string_is_aborted_while_the_others_go_on(ed
     done = await call
     assert [choice.message.content for choice in done.choices] == ["one ", "other"]
     assert [choice.model_dump()["stop_reason"] for choice in done.choices] == ["STOP", None]
+    assert edge.sent == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_goes_ends_all_choices(stream: bool, edge: RunningEdge) -> None:
+    async with connection(edge.port) as raw:
+        await raw.post({"messages": HELLO, "n": 3, "stream": stream})
+        first = await edge.submitted()
+        await edge.output(first, edge.ids("one"))
+        others = [await edge.submitted(), await edge.submitted()]
+        await edge.output(others[0], edge.ids("two"), "stop")
+        raw.close()
+        aborted = {(await edge.aborted()).request_id for _ in range(2)}
+    assert aborted == {first.request_id, others[1].request_id}
+    async with asyncio.timeout(10):
+        while edge.actor.num_open_requests:  # noqa: ASYNC110  nothing announces it
+            await asyncio.sleep(0.005)
     assert edge.sent == []
 
 

@@ -12,7 +12,7 @@ import pytest
 from msgspec import Raw
 
 from tests.actors.edge.grammars import VOCAB_SIZE, load_vocabulary
-from vlmrt.actors.edge.grammar import MAX_WAITING, GrammarChecker
+from vlmrt.actors.edge.grammar import MAX_WAITING, GrammarChecker, load_grammar_tokenizer
 from vlmrt.actors.edge.response_format import OutputGrammar, output_grammar
 from vlmrt.runtime.errors import RequestError
 
@@ -47,7 +47,7 @@ def executor() -> Iterator[CountingExecutor]:
 
 @pytest.fixture
 def checker(checkpoint: Path, executor: CountingExecutor) -> GrammarChecker:
-    return GrammarChecker(checkpoint / "tokenizer.json", VOCAB_SIZE, [1012], executor)
+    return GrammarChecker(load_vocabulary(checkpoint).compiled, executor)
 
 
 def grammar(text: str) -> OutputGrammar:
@@ -110,17 +110,17 @@ async def test_gbnf_is_translated(checker: GrammarChecker, checkpoint: Path) -> 
 
 
 async def test_what_takes_too_long_is_refused_and_not_tried_again(checkpoint: Path, executor: CountingExecutor) -> None:
-    checker = GrammarChecker(checkpoint / "tokenizer.json", VOCAB_SIZE, [1012], executor, deadline_s=0.2)
+    checker = GrammarChecker(load_vocabulary(checkpoint).compiled, executor, deadline_s=0.2)
     slow = OutputGrammar('start: %json {"type": "integer", "multipleOf": 79999}', "guided_grammar")
     for _ in range(2):
         with pytest.raises(RequestError, match=r"takes longer than 0\.2 s to compile") as caught:
             await checker.accept(slow)
         assert caught.value.status == 400
-    assert executor.num_jobs == 2  # the tokenizer, and the grammar once
+    assert executor.num_jobs == 1
 
 
 async def test_who_waits_too_long_behind_others_may_try_again(checkpoint: Path, executor: CountingExecutor) -> None:
-    checker = GrammarChecker(checkpoint / "tokenizer.json", VOCAB_SIZE, [1012], executor, deadline_s=0.2)
+    checker = GrammarChecker(load_vocabulary(checkpoint).compiled, executor, deadline_s=0.2)
     await checker.accept(DIGITS)
     executor.held.clear()
     with pytest.raises(RequestError) as caught:
@@ -145,6 +145,9 @@ async def test_only_so_many_wait_at_a_time(checker: GrammarChecker, executor: Co
 async def test_a_tokenizer_that_is_wider_than_the_logits_serves_no_grammar(
     checkpoint: Path, executor: CountingExecutor
 ) -> None:
+    assert load_grammar_tokenizer(checkpoint / "tokenizer.json", VOCAB_SIZE, []) is not None
+    assert load_grammar_tokenizer(checkpoint / "nowhere.json", VOCAB_SIZE, []) is None
+    tokenizer = load_grammar_tokenizer(checkpoint / "tokenizer.json", 100, [])
     with pytest.raises(RequestError) as caught:
-        await GrammarChecker(checkpoint / "tokenizer.json", 100, [], executor).accept(DIGITS)
+        await GrammarChecker(tokenizer, executor).accept(DIGITS)
     assert (caught.value.status, caught.value.code) == (501, "grammar_unavailable")

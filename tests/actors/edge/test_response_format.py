@@ -168,6 +168,8 @@ def test_a_schema_of_the_greatest_depth_compiles(vocabulary: Vocabulary) -> None
         ({"properties": {"a": {"type": "integer", "multipleOf": 10**9}}}, r"multipleOf of 1\.00e"),
         ({"properties": {"a": {"type": "number", "multipleOf": 9999.999}}}, r"multipleOf of 1\.00e"),
         ({"description": "x" * MAX_SCHEMA_BYTES}, f"more than {MAX_SCHEMA_BYTES}"),
+        ({"anyOf": [{"oneOf": [{"const": i} for i in range(n, n + 100)]} for n in range(6)]}, "500 alternatives"),
+        ({"enum": [[]] * 20_000}, "more than 20000 lists and objects"),
         ("{", "not valid JSON"),
         ("[]", "must be a JSON object"),
         (True, "must be a JSON object"),

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.actors.edge.running import RunningEdge
+from tests.actors.edge.running import RunningEdge, edge_config, running_edge
 from tests.actors.edge.test_generation import HELLO, create, post
 from tests.actors.edge.test_wrong_requests import Wrong, check_refused
 from tests.pictures import picture
 from tests.support import peer_down
+from vlmrt.runtime.config import ServerOptions
 from vlmrt.runtime.messages import ActorName, KnownMedia, LookUpMedia, MediaFound, MmHash
 
 TEXTS = ("", "Hello", "漢字 🙂\n\n  x", "<|im_start|>user\nhi<|im_end|>")
@@ -68,6 +70,13 @@ async def test_an_image_that_is_named_is_looked_up(edge: RunningEdge) -> None:
     pad = edge.tokenizer.token_to_id("<|image_pad|>")
     assert (await call)["tokens"].count(pad) == 4
     assert len(edge.sent) == 1  # the lookup is forgotten
+
+
+async def test_a_scheduler_that_does_not_answer_costs_the_time_of_a_request(checkpoint: Path, tmp_path: Path) -> None:
+    config = edge_config(checkpoint, server=ServerOptions(request_timeout_s=0.1))
+    async with running_edge(config, tmp_path) as edge:
+        answer = await post(edge, "/tokenize", messages=[{"role": "user", "content": [{"type": "image", "uuid": "u"}]}])
+        assert answer["error"]["code"] == "request_timeout"
 
 
 async def test_a_conversation_longer_than_the_context_is_counted_all_the_same(edge: RunningEdge) -> None:

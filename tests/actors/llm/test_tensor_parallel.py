@@ -7,13 +7,18 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from tests.actors.llm import rank_process
 from tests.actors.llm.conftest import Checkpoint
+from tests.support import FakeContext, make_config, peer_up
+from vlmrt.actors.llm.actor import LlmActor
 from vlmrt.actors.llm.process_group import LAST_STEP, step_key
-from vlmrt.runtime.messages import Epoch
+from vlmrt.runtime.actor import ActorContext
+from vlmrt.runtime.config import MemoryOptions, SchedulingOptions
+from vlmrt.runtime.messages import Epoch, FailedRow, SchedulerReady, StepResult
 
 ROOT = Path(__file__).parents[3]
 
@@ -64,12 +69,37 @@ def test_keys_order_epochs_before_steps_and_the_end_of_an_epoch_after_its_steps(
     assert max(keys) < 2**62
 
 
-@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
-async def test_a_rank_without_its_files_exits(one_checkpoint: Checkpoint, tmp_path: Path, missing: str) -> None:
-    copy = tmp_path / "copy"
+def copy_without(missing: str, checkpoint: Path, parent: Path) -> Path:
+    copy = parent / "copy"
     copy.mkdir()
-    for file in one_checkpoint.directory.iterdir():
+    for file in checkpoint.iterdir():
         if file.name != missing:
             (copy / file.name).symlink_to(file)
+    return copy
+
+
+async def test_a_rank_without_a_tokenizer_starts_and_fails_requests_with_a_grammar(
+    one_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    config = make_config(
+        copy_without("tokenizer.json", one_checkpoint.directory, tmp_path),
+        memory=MemoryOptions(num_kv_blocks=40),
+        scheduling=SchedulingOptions(max_num_seqs=4, block_size=4),
+    )
+    async with FakeContext("llm:0", tmp_path, config) as context:
+        actor = LlmActor(cast(ActorContext, context))
+        await actor.start()
+        await actor.peer_up(peer_up("scheduler:0", SchedulerReady()))
+        await actor.handle(next(rank_process.plans(100, 1)), rank_process.SCHEDULER)
+        await rank_process.until_run(context, 1)
+        await actor.stop(30.0)
+        (result,) = [sent.message for sent in context.outbox.take()]
+    assert isinstance(result, StepResult)
+    assert (result.token_ids, result.failed) == ((), (FailedRow(1, "grammar"),))
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+async def test_a_rank_without_its_files_exits(one_checkpoint: Checkpoint, tmp_path: Path, missing: str) -> None:
+    copy = copy_without(missing, one_checkpoint.directory, tmp_path)
     with pytest.raises(Exception, match=missing.removesuffix(".json")):
         await rank_process.run(str(copy), tmp_path, 1, 0)
