@@ -32,6 +32,7 @@ NUM_REQUESTS = 200
 SEED = 1
 SHOWN_LINES = 60
 MODEL = "vlmrt-demo"
+KEY = "none"  # for a server with --api-key none; one without takes it as well
 START_VLLM_BENCH = (  # its command line asks for the version of a package of another name
     "import argparse; from vllm.benchmarks import serve; parser = argparse.ArgumentParser();"
     " serve.add_cli_args(parser); serve.main(parser.parse_args())"
@@ -51,7 +52,7 @@ def _comply(form: str, headers: Sequence[str] = ()) -> Callable[[str, Path], lis
     def arguments(url: str, directory: Path) -> list[str]:
         more = [word for header in headers for word in ("-H", header)]
         start = "from llm_comply.cli import main; main()"
-        return ["-c", start, "run", "-u", f"{url}/v1", "-k", "none", "-m", MODEL, "--format", form, "-v", *more]
+        return ["-c", start, "run", "-u", f"{url}/v1", "-k", KEY, "-m", MODEL, "--format", form, "-v", *more]
 
     return arguments
 
@@ -60,7 +61,17 @@ def _schemathesis(url: str, directory: Path) -> list[str]:
     return [
         *("-m", "schemathesis.cli", "run", f"{url}/openapi.json", "--checks", "all", "--max-examples", "40"),
         *("--seed", str(SEED), "--generation-database", "none", "--request-timeout", "60", "--continue-on-failure"),
-        *("--phases", "examples,coverage,fuzzing", "--exclude-path", "/metrics", "--no-color", "--max-time", "420"),
+        *(
+            "-H",
+            f"Authorization: Bearer {KEY}",
+            "--phases",
+            "examples,coverage,fuzzing",
+            "--exclude-path",
+            "/metrics",
+            "--no-color",
+            "--max-time",
+            "240",
+        ),
     ]
 
 
@@ -70,7 +81,7 @@ def _guidellm(*data: str) -> Callable[[str, Path], list[str]]:
         output = json.dumps({"kind": "json", "path": str(directory / "guidellm.json")})
         sources = [word for source in data for word in ("--data", source)]
         return [
-            *("-m", "guidellm", "run", "--backend", f"kind=openai_http,target={url},model={MODEL}"),
+            *("-m", "guidellm", "run", "--backend", f"kind=openai_http,target={url},model={MODEL},api_key={KEY}"),
             *("--profile", "kind=concurrent,streams=4", "--constraint", f"kind=max_requests,count={NUM_REQUESTS}"),
             *("--tokenizer", tokenizer, *sources, "--output", output, "--disable-console-interactive"),
         ]
@@ -178,7 +189,14 @@ def judge(run: Run, url: str) -> str:
 
 def _run(command: list[str], directory: Path, output: Path) -> int | None:
     """The exit status; None where it took too long, and then whatever it started is ended too."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "NO_COLOR": "1", "COLUMNS": "160"}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": "",
+        "NO_COLOR": "1",
+        "COLUMNS": "160",
+        "OPENAI_API_KEY": KEY,
+    }
     with output.open("wb") as file:
         process = subprocess.Popen(
             command, cwd=directory, env=environment, stdout=file, stderr=file, start_new_session=True
