@@ -199,7 +199,7 @@ def _run(command: list[str], directory: Path, output: Path) -> int | None:
     }
     with output.open("wb") as file:
         process = subprocess.Popen(
-            command, cwd=directory, env=environment, stdout=file, stderr=file, start_new_session=True
+            command, cwd=directory, env={**os.environ, **settings}, stdout=file, stderr=file, start_new_session=True
         )
         try:
             return process.wait(TIMEOUT_S)
