@@ -6,7 +6,7 @@ from typing import Any
 
 import openai
 
-from tests.clients.api import Api, Skip, about_a_red_disc, needs, raises
+from tests.clients.api import Api, Skip, about_a_red_disc, raises
 from tests.clients.cases import each
 
 ROLE = {"role": "wizard", "content": "Hello"}
@@ -99,13 +99,11 @@ def a_body_that_is_no_json_is_a_status_error(api: Api) -> None:
     assert error.status_code == 415
 
 
-@each(key=["wrong", ""])
+@each(key=["another", "nearly right"])
 def a_wrong_key_is_an_authentication_error(api: Api, key: str) -> None:
     if api.api_key is None:
         raise Skip("the server has no key")
-    if not key:
-        needs(1, 109, "a header for an empty key")
-    with api.other_client(api_key=key) as client:
+    with api.other_client(api_key=f"{api.api_key}x" if key == "nearly right" else key) as client:
         error = raises(openai.AuthenticationError, lambda: client.models.list())
     _check_body(error)
     assert error.code == "invalid_api_key"

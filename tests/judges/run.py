@@ -61,17 +61,8 @@ def _schemathesis(url: str, directory: Path) -> list[str]:
     return [
         *("-m", "schemathesis.cli", "run", f"{url}/openapi.json", "--checks", "all", "--max-examples", "40"),
         *("--seed", str(SEED), "--generation-database", "none", "--request-timeout", "60", "--continue-on-failure"),
-        *(
-            "-H",
-            f"Authorization: Bearer {KEY}",
-            "--phases",
-            "examples,coverage,fuzzing",
-            "--exclude-path",
-            "/metrics",
-            "--no-color",
-            "--max-time",
-            "240",
-        ),
+        *("--phases", "examples,coverage,fuzzing", "-H", f"Authorization: Bearer {KEY}"),
+        *("--exclude-path", "/metrics", "--no-color", "--max-time", "240"),
     ]
 
 
@@ -189,14 +180,7 @@ def judge(run: Run, url: str) -> str:
 
 def _run(command: list[str], directory: Path, output: Path) -> int | None:
     """The exit status; None where it took too long, and then whatever it started is ended too."""
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": "",
-        "NO_COLOR": "1",
-        "COLUMNS": "160",
-        "OPENAI_API_KEY": KEY,
-    }
+    settings = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "NO_COLOR": "1", "COLUMNS": "160", "OPENAI_API_KEY": KEY}
     with output.open("wb") as file:
         process = subprocess.Popen(
             command, cwd=directory, env={**os.environ, **settings}, stdout=file, stderr=file, start_new_session=True
