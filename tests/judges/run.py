@@ -51,8 +51,24 @@ class Run(NamedTuple):
 def _comply(form: str, headers: Sequence[str] = ()) -> Callable[[str, Path], list[str]]:
     def arguments(url: str, directory: Path) -> list[str]:
         more = [word for header in headers for word in ("-H", header)]
-        start = "from llm_comply.cli import main; main()"
-        return ["-c", start, "run", "-u", f"{url}/v1", "-k", KEY, "-m", MODEL, "--format", form, "-v", *more]
+        start = "import sys; from llm_comply.cli import main; sys.exit(main())"
+        return [
+            "-c",
+            start,
+            "run",
+            "-u",
+            f"{url}/v1",
+            "-k",
+            KEY,
+            "-m",
+            MODEL,
+            "--format",
+            form,
+            "-v",
+            "--timeout",
+            "300",
+            *more,
+        ]
 
     return arguments
 
