@@ -53,21 +53,8 @@ def _comply(form: str, headers: Sequence[str] = ()) -> Callable[[str, Path], lis
         more = [word for header in headers for word in ("-H", header)]
         start = "import sys; from llm_comply.cli import main; sys.exit(main())"
         return [
-            "-c",
-            start,
-            "run",
-            "-u",
-            f"{url}/v1",
-            "-k",
-            KEY,
-            "-m",
-            MODEL,
-            "--format",
-            form,
-            "-v",
-            "--timeout",
-            "300",
-            *more,
+            *("-c", start, "run", "-u", f"{url}/v1", "-k", KEY, "-m", MODEL),
+            *("--format", form, "-v", "--timeout", "300", *more),
         ]
 
     return arguments
