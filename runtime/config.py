@@ -16,6 +16,7 @@ import msgspec
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16"]
 GpuSharingChoice = Literal["auto", "mps", "time-slice"]
+VideoReaderChoice = Literal["auto", "decord", "av"]
 
 
 class ModelOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -74,6 +75,19 @@ class ServerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return self.host.lower() == "localhost"
 
 
+class VideoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Bounds of one clip, beside those of its bytes, which are a body's and a fetch's."""
+
+    reader: VideoReaderChoice = "auto"  # auto: decord, and PyAV where it fails or is not installed
+    max_duration_s: float = 3600.0
+    max_frames: int = 768  # to look at
+    max_file_frames: int = 500_000  # to choose from
+    max_frame_pixels: int = 16_777_216  # of one frame, before resizing
+    max_total_pixels: int = 90_316_800  # after resizing, of one frame a temporal group: what 115,200 tokens show
+    group_timeout_s: float = 30.0  # to find out about a clip, and to decode one temporal group
+    open_mib: int = 128  # of clips that a media worker keeps open for more of their frames
+
+
 class SchedulingOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_num_seqs: int = 64  # running at once
     max_waiting: int = 256  # more are refused with 429
@@ -92,6 +106,7 @@ class MemoryOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     embedding_host_cache_gib: float = 0.0  # of host memory per ViT, for rows of images; 0: none
     page_rows: int = 16  # rows of one slab page
     pixel_arena_mib: int = 256  # per media worker
+    media_worker_mib: int = 0  # that a media worker may allocate, its arena apart; 0: no bound
     gpu_memory_fraction: float = 0.92
 
 
@@ -124,6 +139,7 @@ class SupervisionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: ModelOptions
     server: ServerOptions = ServerOptions()
+    video: VideoOptions = VideoOptions()
     scheduling: SchedulingOptions = SchedulingOptions()
     memory: MemoryOptions = MemoryOptions()
     parallel: ParallelOptions = ParallelOptions()

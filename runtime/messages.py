@@ -4,9 +4,9 @@ All are frozen msgspec Structs; a channel's type is the union of what its receiv
 field is ever a pickle, a path from a client or a device handle from a client.  Sizes: token ids are ints, `grid_thw`
 counts patches, row and page numbers count rows of `[out_hidden_size]` in an EmbeddingSlab.
 
-The life of one request:  Submit -> (NeedMedia -> Decode -> PixelsReady -> Encode -> EmbedsReady)* -> StepPlan ->
-StepResult -> TokenBatch ... and exactly one terminal TokenOutput (finish_reason or error), or an Abort from the edge
-instead.
+The life of one request:  Submit -> (NeedMedia -> Decode or DecodeFrames -> PixelsReady -> Encode -> EmbedsReady)* ->
+StepPlan -> StepResult -> TokenBatch ... and exactly one terminal TokenOutput (finish_reason or error), or an Abort from
+the edge instead.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class ArenaRef(msgspec.Struct, frozen=True, array_like=True):
 
 
 class MediaItem(msgspec.Struct, frozen=True, array_like=True):
-    """One image of a prompt: what it is and where its rows go."""
+    """One image of a prompt, or one temporal group of a clip: what it is and where its rows go."""
 
     mm_hash: MmHash
     start: int  # index of its first placeholder token in the prompt
@@ -53,6 +53,8 @@ class MediaItem(msgspec.Struct, frozen=True, array_like=True):
     grid_thw: tuple[int, int, int]  # patches along time, height, width
     uuid: str = ""  # the client's name for it, under which a later request may leave out the bytes
     has_bytes: bool = True  # whether the edge can answer NeedMedia; False: named by uuid alone
+    time_offset: int = 0  # positions along time from its clip's first group
+    continues: bool = False  # goes on with the clip of the item before it, right behind which it lies
 
 
 class LogitBias(msgspec.Struct, frozen=True, array_like=True):
@@ -213,6 +215,54 @@ class Decode(Message, frozen=True):
     size: tuple[int, int]  # width, height found by the edge in the header, after EXIF orientation
     target_size: tuple[int, int]  # width, height
     scheduler_epoch: Epoch  # who asked for it; kept for that incarnation, if this worker has not heard of it yet
+
+
+class Probe(Message, frozen=True):
+    """What is in this clip?  Answered to the edge: Probed, same probe_id."""
+
+    probe_id: int  # of this edge
+    encoded: bytes
+
+
+class FrameGroup(msgspec.Struct, frozen=True, array_like=True):
+    """The frames of one temporal group: as many as the model's temporal patch size."""
+
+    mm_hash: MmHash
+    frame_indices: tuple[int, ...]  # in the order in which the clip shows its frames
+
+
+class DecodeFrames(Message, frozen=True):
+    """Decode these groups of one clip, in this order, and resize their frames to target_size.
+
+    Answered to the scheduler group by group, each as soon as it is ready: PixelsReady or DecodeFailed.
+    """
+
+    encoded: bytes
+    size: tuple[int, int]  # width, height, as Probed
+    target_size: tuple[int, int]  # width, height
+    groups: tuple[FrameGroup, ...]
+    scheduler_epoch: Epoch  # as Decode's
+
+
+# ---------------------------------------------------------------- media -> edge
+
+
+class ClipInfo(msgspec.Struct, frozen=True, array_like=True):
+    """What sampling and resizing a clip depend on, counted and not taken from its header."""
+
+    width: int  # of its frames as shown: turned as the file says
+    height: int
+    num_frames: int
+    fps: float  # on average
+    duration_s: float  # num_frames / fps
+
+
+class Probed(Message, frozen=True):
+    """Either what is in the clip, or why it cannot be decoded."""
+
+    probe_id: int
+    clip: ClipInfo | None = None
+    error: WireError | None = None
 
 
 # ---------------------------------------------------------------- media -> scheduler
@@ -534,8 +584,8 @@ class ServiceStatus(Message, frozen=True):
 
 # ---------------------------------------------------------------- inboxes: the unions each process decodes
 
-EdgeInbox = NeedMedia | MediaFound | CacheReset | TokenBatch
-MediaInbox = Decode | FreePixels
+EdgeInbox = NeedMedia | MediaFound | CacheReset | TokenBatch | Probed
+MediaInbox = Decode | DecodeFrames | Probe | FreePixels
 SchedulerInbox = (
     Submit
     | Abort

@@ -67,6 +67,8 @@ METRICS: Mapping[str, Metric] = {
     "encode_seconds": Metric("histogram", "One forward of the vision tower.", SECONDS),
     "images_decoded_total": Metric("counter", "Images decoded and resized."),
     "decode_image_seconds": Metric("histogram", "Decoding and resizing one image.", SECONDS),
+    "frames_decoded_total": Metric("counter", "Frames of clips decoded and resized, by the library that read them."),
+    "decode_frames_seconds": Metric("histogram", "Decoding and resizing one temporal group of a clip.", SECONDS),
     "pixel_arena_bytes": Metric("gauge", "Bytes of the pixel arena in use."),
     "step_seconds": Metric("histogram", "One step of the language model.", SECONDS),
     "step_tokens": Metric("histogram", "Tokens in one step of the language model.", TOKEN_COUNTS),

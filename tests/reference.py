@@ -12,6 +12,13 @@ from PIL import Image, ImageOps
 from tests.pictures import Picture
 
 TIE = 1e-4  # of the best logit, in float32
+MEDIA_INPUTS = (
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_values_videos",
+    "video_grid_thw",
+    "second_per_grid_ts",
+)
 
 
 class Verdict(NamedTuple):
@@ -53,8 +60,9 @@ class Reference:
         The answer goes in as a second call on the prompt's cache, where a generated placeholder is a token like others.
         """
         prompt = inputs["input_ids"]
-        media = {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
-        types = (prompt == self.model.config.image_token_id).int()
+        media = {name: inputs[name] for name in MEDIA_INPUTS if name in inputs}
+        config = self.model.config
+        types = (prompt == config.image_token_id).int() + 2 * (prompt == config.video_token_id).int()
         begun = self.model(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),

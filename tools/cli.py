@@ -76,7 +76,13 @@ def add_engine(parser: argparse.ArgumentParser, preset: str = "interactive") -> 
     place.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     place.add_argument("--num-vits", type=positive_int, metavar="N", help="default: one per GPU; on a CPU one")
     place.add_argument(
-        "--media-workers", type=positive_int, default=1, metavar="N", help="processes that decode images"
+        "--media-workers", type=positive_int, default=1, metavar="N", help="processes that decode images and videos"
+    )
+    place.add_argument(
+        "--video-reader",
+        choices=("auto", "decord", "av"),
+        default="auto",
+        help="what reads videos; auto: decord, and PyAV where it fails or is not installed",
     )
     place.add_argument(
         "--llm-threads", type=positive_int, metavar="N", help="CPU threads per rank; default: cores / tp"
@@ -119,6 +125,13 @@ def add_engine(parser: argparse.ArgumentParser, preset: str = "interactive") -> 
         "default: 2 on a GPU, else 0",
     )
     memory.add_argument("--pixel-arena-mib", type=positive_int, default=256, metavar="MIB", help="per media worker")
+    memory.add_argument(
+        "--media-worker-mib",
+        type=non_negative_int,
+        default=4096,
+        metavar="MIB",
+        help="that decoding may allocate in a media worker, beside its pixel arena; 0: no bound",
+    )
     memory.add_argument("--gpu-memory-fraction", type=fraction, default=0.92, metavar="F")
     memory.add_argument("--no-prefix-caching", action="store_true", help="compute every prompt from its first token")
     memory.add_argument("--no-embedding-caching", action="store_true", help="encode every image of every request")
@@ -151,6 +164,10 @@ def add_engine(parser: argparse.ArgumentParser, preset: str = "interactive") -> 
     )
     limits.add_argument("--limit-images", type=positive_int, default=64, metavar="N", help="images of one request")
     limits.add_argument("--max-pixels", type=positive_int, default=100_000_000, metavar="N", help="of one sent image")
+    limits.add_argument("--max-video-s", type=positive_float, default=3600.0, metavar="S", help="of one video")
+    limits.add_argument(
+        "--max-video-frames", type=positive_int, default=768, metavar="N", help="that are looked at, of one video"
+    )
 
     media = parser.add_argument_group("media")
     media.add_argument(
@@ -234,6 +251,13 @@ def positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def non_negative_int(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 0")
     return value
 
 

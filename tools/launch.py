@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vlmrt.actors.models.checkpoint_files import check_weight_files
-from vlmrt.actors.models.config import CheckpointError, ImageProcessing, ModelConfig
+from vlmrt.actors.models.config import CheckpointError, ImageProcessing, ModelConfig, VideoProcessing
 from vlmrt.actors.models.registry import (
     check_tensor_parallel,
     load_generation_defaults,
     load_image_processing,
     load_model_config,
+    load_video_processing,
 )
 from vlmrt.runtime.config import (
     Config,
@@ -31,6 +32,7 @@ from vlmrt.runtime.config import (
     SchedulingOptions,
     ServerOptions,
     SupervisionOptions,
+    VideoOptions,
 )
 from vlmrt.runtime.errors import StartupError
 from vlmrt.runtime.host_memory import available_gib
@@ -87,6 +89,7 @@ def build_config(arguments: argparse.Namespace) -> tuple[Config, ModelConfig]:
     directory = locate_model(arguments.model, arguments.revision)
     model = load_model_config(directory)
     processing = load_image_processing(directory)
+    video_processing = load_video_processing(directory)
     load_generation_defaults(directory)
     check_tensor_parallel(model, arguments.tp)
     check_weight_files(directory)
@@ -95,6 +98,11 @@ def build_config(arguments: argparse.Namespace) -> tuple[Config, ModelConfig]:
     config = Config(
         model=model_options(arguments, directory, model),
         server=server_options(arguments),
+        video=VideoOptions(
+            reader=arguments.video_reader,
+            max_duration_s=arguments.max_video_s,
+            max_frames=arguments.max_video_frames,
+        ),
         scheduling=SchedulingOptions(
             max_num_seqs=arguments.max_num_seqs or DEFAULT_MAX_NUM_SEQS[device],
             max_waiting=arguments.max_waiting,
@@ -104,7 +112,7 @@ def build_config(arguments: argparse.Namespace) -> tuple[Config, ModelConfig]:
             prefix_caching=not arguments.no_prefix_caching,
             embedding_caching=not arguments.no_embedding_caching,
         ),
-        memory=memory_options(arguments, model, processing, device, dtype),
+        memory=memory_options(arguments, model, processing, video_processing, device, dtype),
         parallel=parallel_options(arguments, device, dtype),
         supervision=SupervisionOptions(
             shutdown_grace_s=arguments.shutdown_grace_s,
@@ -186,23 +194,33 @@ def server_options(arguments: argparse.Namespace) -> ServerOptions:
 
 
 def memory_options(
-    arguments: argparse.Namespace, model: ModelConfig, processing: ImageProcessing, device: Device, dtype: Dtype
+    arguments: argparse.Namespace,
+    model: ModelConfig,
+    processing: ImageProcessing,
+    video: VideoProcessing,
+    device: Device,
+    dtype: Dtype,
 ) -> MemoryOptions:
-    """The slab and the arena must each hold the largest image that the checkpoint's limits allow."""
+    """The slab and the arena must each hold the largest image and group of frames that the checkpoint's limits allow.
+
+    A group has as many rows as an image of one of its frames.
+    """
     merged = processing.patch_size * processing.merge_size
     row_bytes = model.vision.out_hidden_size * (4 if dtype == "float32" else 2)
-    image_bytes = -(-processing.max_pixels // merged**2) * row_bytes
+    max_pixels = max(processing.max_pixels, video.max_pixels)
+    image_bytes = -(-max_pixels // merged**2) * row_bytes
     slab_gib = arguments.embedding_cache_gib or max(DEFAULT_EMBEDDING_CACHE_GIB[device], 1.25 * image_bytes / GIB)
     if slab_gib * GIB < image_bytes:
         raise StartupError(
-            f"--embedding-cache-gib {slab_gib:g}: the largest image of this model (max_pixels {processing.max_pixels}) "
+            f"--embedding-cache-gib {slab_gib:g}: the largest image of this model (max_pixels {max_pixels}) "
             f"needs {image_bytes / GIB:.3f}"
         )
     arena_mib = arguments.pixel_arena_mib
-    if arena_mib * MIB < 3 * processing.max_pixels:
+    group_pixels = max(processing.max_pixels, video.temporal_patch_size * video.max_pixels)
+    if arena_mib * MIB < 3 * group_pixels:
         raise StartupError(
-            f"--pixel-arena-mib {arena_mib}: the largest image of this model (max_pixels {processing.max_pixels}) "
-            f"needs {-(-3 * processing.max_pixels // MIB)}"
+            f"--pixel-arena-mib {arena_mib}: the largest image or pair of frames of this model ({group_pixels} pixels) "
+            f"needs {-(-3 * group_pixels // MIB)}"
         )
     return MemoryOptions(
         kv_cache_gib=arguments.kv_cache_gib,
@@ -211,6 +229,7 @@ def memory_options(
         embedding_cache_gib=slab_gib,
         embedding_host_cache_gib=embedding_host_cache_gib(arguments, device),
         pixel_arena_mib=arena_mib,
+        media_worker_mib=arguments.media_worker_mib,
         gpu_memory_fraction=arguments.gpu_memory_fraction,
     )
 

@@ -30,6 +30,7 @@ from vlmrt.runtime.messages import (
     NeedMedia,
     PeerDown,
     PeerUp,
+    Probed,
     RequestId,
     ResetCache,
     SchedulerReady,
@@ -256,6 +257,8 @@ class SchedulerLink:
                 self._answer(message.lookup_id, message)
             case CacheReset():
                 self._answer(message.reset_id, message)
+            case Probed():
+                logger.debug("probe %d: nobody waits for its answer", message.probe_id)
             case _:
                 assert_never(message)
 

@@ -59,7 +59,10 @@ class Slots:
         self.num_prompt_tokens[slot] = sequence.num_prompt_tokens
         self.num_given[slot] = num_tokens
         self.rope_delta[slot] = sequence.rope_delta
-        self.spans[slot] = tuple(MediaSpan(item.start, item.num_tokens, item.grid_thw) for item in sequence.media)
+        self.spans[slot] = tuple(
+            MediaSpan(item.start, item.num_tokens, item.grid_thw, item.time_offset, item.continues)
+            for item in sequence.media
+        )
         self.has_spans[slot] = bool(sequence.media)
         self.admissions[slot] += 1
         self.num_blocks[slot] = 0

@@ -1,37 +1,55 @@
-"""A media worker: decodes pictures off the event loop and lays their pixels into its arena."""
+"""A media worker: decodes pictures and clips off the event loop and lays their pixels into its arena."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, TypeVar, assert_never
 
+import numpy as np
+
+from vlmrt.actors.media.clip import reader_words
 from vlmrt.actors.media.image import Pixels, decode_image, limit_pillow
+from vlmrt.actors.media.memory_limit import limit_memory
+from vlmrt.actors.media.open_clips import OpenClips
+from vlmrt.actors.media.resize import resize_frame
 from vlmrt.runtime.actor import ActorContext
 from vlmrt.runtime.errors import ChannelFull, RequestError, VlmrtError
 from vlmrt.runtime.messages import (
     ActorName,
     ArenaRef,
     Capabilities,
+    ClipInfo,
     Decode,
     DecodeFailed,
+    DecodeFrames,
+    FrameGroup,
     FreePixels,
     MediaInbox,
     MediaReady,
     Message,
+    MmHash,
     PeerDown,
     PeerUp,
     PixelsReady,
+    Probe,
+    Probed,
     SchedulerReady,
     ServiceStatus,
 )
 from vlmrt.runtime.shared_memory import PixelArena
 
-NUM_THREADS = 2  # Pillow lets go of the interpreter while it decodes and resizes
+NUM_THREADS = 2  # the decoders let go of the interpreter, and so does what resizes
 MAX_QUEUED = 1024
 ARENA_WAIT_S = 60.0  # for ViTs to read what fills the arena
+ANSWER_WAIT_S = 60.0  # for an edge to take the answer to its Probe
 CHANNEL_RETRY_S = 0.02
+
+Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
@@ -41,24 +59,33 @@ class DecodeStuck(VlmrtError):
 
 
 class MediaActor:
-    """Decode -> PixelsReady or DecodeFailed; pixels lie in the arena until FreePixels or the scheduler's end."""
+    """Decode and DecodeFrames -> PixelsReady or DecodeFailed; Probe -> Probed.
+
+    Pixels lie in the arena until FreePixels or the scheduler's end.
+    """
 
     def __init__(self, context: ActorContext, *, arena_wait_s: float = ARENA_WAIT_S) -> None:
         self._context = context
         self._max_pixels = context.config.server.max_pixels
+        self._max_queued_bytes = context.config.server.max_media_mib << 20
         self._arena_wait_s = arena_wait_s
+        self._clips = OpenClips(context.config.video)
         self._executor = ThreadPoolExecutor(NUM_THREADS, "decode")
-        self._turn = asyncio.Semaphore(NUM_THREADS)  # bounds the pictures held decoded, in order of arrival
+        self._turn = asyncio.Semaphore(NUM_THREADS)  # bounds what is held decoded, in order of arrival
         self._num_queued = 0
+        self._num_queued_bytes = 0
         self._freed = asyncio.Event()
         self._scheduler: PeerUp | None = None
         self._placed: dict[int, ArenaRef] = {}  # by offset
-        self._early: list[Decode] = []  # came before word of the scheduler that wants them
+        self._early: list[Decode | DecodeFrames] = []  # came before word of the scheduler that wants them
 
     async def start(self) -> Capabilities:
         limit_pillow(self._max_pixels)
-        num_bytes = self._context.config.memory.pixel_arena_mib << 20
-        self._arena = PixelArena.create(self._context, num_bytes)
+        logger.info("videos are read by %s", reader_words(self._context.config.video))
+        memory = self._context.config.memory
+        self._arena = PixelArena.create(self._context, memory.pixel_arena_mib << 20)
+        if memory.media_worker_mib:
+            limit_memory(memory.media_worker_mib << 20)
         return MediaReady(arena_bytes=self._arena.num_bytes)
 
     async def peer_up(self, peer: PeerUp) -> None:
@@ -80,15 +107,21 @@ class MediaActor:
     async def status(self, status: ServiceStatus) -> None: ...
 
     async def handle(self, message: MediaInbox, sender: ActorName) -> None:
-        if isinstance(message, FreePixels):
-            self._free(message)
-        else:
-            self._take(message)
+        match message:
+            case FreePixels():
+                self._free(message)
+            case Decode() | DecodeFrames():
+                self._take(message)
+            case Probe():
+                self._context.create_task(self._answer_probe(message, sender), name=f"probe {message.probe_id}")
+            case _:
+                assert_never(message)
 
     async def stop(self, grace_s: float) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)
+        self._clips.close()
 
-    def _take(self, message: Decode) -> None:
+    def _take(self, message: Decode | DecodeFrames) -> None:
         """Nobody waits for what an earlier scheduler asked for; an edge may have heard of a later one first."""
         scheduler = self._scheduler
         if scheduler is None or message.scheduler_epoch > scheduler.epoch:
@@ -97,41 +130,123 @@ class MediaActor:
         elif message.scheduler_epoch == scheduler.epoch:
             self._queue(message, scheduler)
 
-    def _queue(self, message: Decode, scheduler: PeerUp) -> None:
+    def _queue(self, message: Decode | DecodeFrames, scheduler: PeerUp) -> None:
         """What is done only after this scheduler's end goes unanswered."""
-        self._num_queued += 1
-        self._context.create_task(self._answer(message, scheduler), name=f"decode {message.mm_hash[:8]}")
+        if isinstance(message, Decode):
+            self._context.create_task(self._answer(message, scheduler), name=f"decode {message.mm_hash[:8]}")
+        elif message.groups:
+            name = f"decode frames {message.groups[0].mm_hash[:8]}"
+            self._context.create_task(self._answer_groups(message, scheduler), name=name)
+
+    # ------------------------------------------------------------ pictures
 
     async def _answer(self, message: Decode, scheduler: PeerUp) -> None:
         try:
-            if self._num_queued > MAX_QUEUED:
-                raise _busy("the media worker's queue is full")
-            async with self._turn:
-                if self._scheduler is not scheduler:
-                    return
-                pixels = await self._decode(message)
-                await self._place(message, pixels, scheduler)
+            with self._queued(message.encoded):
+                async with self._turn:
+                    if self._scheduler is not scheduler:
+                        return
+                    pixels = await self._decode(message)
+                    await self._place(message.mm_hash, pixels, scheduler)
         except RequestError as error:
             await self._send(DecodeFailed(message.mm_hash, error.to_wire()), scheduler)
-        finally:
-            self._num_queued -= 1
 
     async def _decode(self, message: Decode) -> Pixels:
-        """Raises: DecodeStuck, so that threads are not lost to pictures that a decoder does not come back from."""
         started_s = time.monotonic()
-        limit_s = self._context.config.supervision.step_timeout_s
-        try:
-            async with asyncio.timeout(limit_s):
-                pixels = await asyncio.get_running_loop().run_in_executor(
-                    self._executor, decode_image, message.encoded, message.size, message.target_size, self._max_pixels
-                )
-        except TimeoutError:
-            raise DecodeStuck(f"an image is not decoded after {limit_s:g} s (step_timeout_s)") from None
+        pixels = await self._in_thread(
+            "an image", decode_image, message.encoded, message.size, message.target_size, self._max_pixels
+        )
         self._context.metrics.observe("decode_image_seconds", time.monotonic() - started_s)
         self._context.metrics.add("images_decoded_total")
         return pixels
 
-    async def _place(self, message: Decode, pixels: Pixels, scheduler: PeerUp) -> None:
+    # ------------------------------------------------------------ clips
+
+    async def _answer_probe(self, message: Probe, edge: ActorName) -> None:
+        try:
+            with self._queued(message.encoded):
+                async with self._turn:
+                    info = await self._in_thread("a video", self._probe, message.encoded)
+            answer = Probed(message.probe_id, info)
+        except RequestError as error:
+            answer = Probed(message.probe_id, error=error.to_wire())
+        give_up_s = time.monotonic() + ANSWER_WAIT_S
+        while time.monotonic() < give_up_s:
+            try:
+                self._context.outbox.send(edge, answer)
+                return
+            except ChannelFull:
+                await asyncio.sleep(CHANNEL_RETRY_S)
+
+    def _probe(self, encoded: bytes) -> ClipInfo:
+        with self._clips.use(encoded) as clip:
+            return clip.info
+
+    async def _answer_groups(self, message: DecodeFrames, scheduler: PeerUp) -> None:
+        """One group after the other; between them others have their turn.  After a failure the rest fail alike."""
+        done = 0
+        try:
+            with self._queued(message.encoded):
+                for group in message.groups:
+                    async with self._turn:
+                        if self._scheduler is not scheduler:
+                            return
+                        pixels = await self._decode_group(message, group)
+                        await self._place(group.mm_hash, pixels, scheduler)
+                    done += 1
+        except RequestError as error:
+            for group in message.groups[done:]:
+                await self._send(DecodeFailed(group.mm_hash, error.to_wire()), scheduler)
+
+    async def _decode_group(self, message: DecodeFrames, group: FrameGroup) -> Pixels:
+        started_s = time.monotonic()
+        pixels, reader_name = await self._in_thread("a video", self._read_group, message, group.frame_indices)
+        self._context.metrics.observe("decode_frames_seconds", time.monotonic() - started_s)
+        self._context.metrics.add("frames_decoded_total", len(group.frame_indices), reader=reader_name)
+        return pixels
+
+    def _read_group(self, message: DecodeFrames, indices: Sequence[int]) -> tuple[Pixels, str]:
+        """Frames as they are resized, [frames, height, width, 3], and which library has read them."""
+        with self._clips.use(message.encoded) as clip:
+            found = clip.info.width, clip.info.height
+            if found != message.size:
+                promised = f"{message.size[0]}x{message.size[1]}"
+                raise RequestError(
+                    f"the video's frames are {found[0]}x{found[1]}, not {promised}", code="video_mismatch"
+                )
+            try:
+                frames = [resize_frame(frame, message.target_size) for frame in clip.read(indices)]
+            except MemoryError:
+                raise RequestError(
+                    "not enough memory to decode the video", status=503, code="media_out_of_memory", retry_after_s=1
+                ) from None
+            return np.stack(frames), clip.reader_name
+
+    # ------------------------------------------------------------ both
+
+    @contextmanager
+    def _queued(self, encoded: bytes) -> Iterator[None]:
+        """Raises: RequestError 503 where too much is queued already."""
+        self._num_queued += 1
+        self._num_queued_bytes += len(encoded)
+        try:
+            if self._num_queued > MAX_QUEUED or self._num_queued_bytes > self._max_queued_bytes:
+                raise _busy("the media worker's queue is full")
+            yield
+        finally:
+            self._num_queued -= 1
+            self._num_queued_bytes -= len(encoded)
+
+    async def _in_thread(self, what: str, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Raises: DecodeStuck, so that threads are not lost to files that a decoder does not come back from."""
+        limit_s = self._context.config.supervision.step_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                return await asyncio.get_running_loop().run_in_executor(self._executor, work, *arguments)
+        except TimeoutError:
+            raise DecodeStuck(f"{what} is not decoded after {limit_s:g} s (step_timeout_s)") from None
+
+    async def _place(self, mm_hash: MmHash, pixels: Pixels, scheduler: PeerUp) -> None:
         """Into the arena as soon as there is room.  Raises: RequestError where there is none in time, or never."""
         if pixels.nbytes > self._arena.num_bytes:
             raise RequestError(
@@ -150,8 +265,8 @@ class MediaActor:
             return
         self._placed[ref.offset] = ref
         self._show_use()
-        height, width = pixels.shape[1:3]
-        await self._send(PixelsReady(message.mm_hash, ref, (1, height, width, 3)), scheduler)
+        frames, height, width = pixels.shape[:3]
+        await self._send(PixelsReady(mm_hash, ref, (frames, height, width, 3)), scheduler)
 
     async def _send(self, message: Message, scheduler: PeerUp) -> None:
         """Wait for room in the channel, as long as this is the scheduler that asked."""

@@ -86,6 +86,19 @@ class ImageProcessing(msgspec.Struct, frozen=True, kw_only=True):
     rescale_factor: float
 
 
+class VideoProcessing(msgspec.Struct, frozen=True, kw_only=True):
+    """How a clip's frames are chosen and sized; they become patches as an image does."""
+
+    min_pixels: int  # of one frame
+    max_pixels: int
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    fps: float = 2.0  # frames to take from a second
+    min_frames: int = 4
+    max_frames: int = 768
+
+
 class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
     """Sampling fields of generation_config.json; None where it says nothing."""
 

@@ -8,7 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from vlmrt.actors.models.config import CheckpointError, GenerationDefaults, ImageProcessing, ModelConfig
+from vlmrt.actors.models.config import (
+    CheckpointError,
+    GenerationDefaults,
+    ImageProcessing,
+    ModelConfig,
+    VideoProcessing,
+)
 from vlmrt.actors.models.json_fields import JsonFields
 from vlmrt.actors.models.qwen2_5_vl import config as qwen2_5_vl_config
 from vlmrt.actors.models.qwen2_vl import config as qwen2_vl_config
@@ -113,15 +119,45 @@ def _dtype(root: JsonFields, text: JsonFields) -> str:
 
 def load_image_processing(directory: Path) -> ImageProcessing:
     """preprocessor_config.json, in the min_pixels/max_pixels or the size.shortest_edge/longest_edge spelling."""
-    root = JsonFields.read(directory / "preprocessor_config.json")
+    return _image_processing(JsonFields.read(directory / "preprocessor_config.json"))
+
+
+def load_video_processing(directory: Path) -> VideoProcessing:
+    """video_preprocessor_config.json or, where there is none, preprocessor_config.json, as the reference reads them.
+
+    Raises: CheckpointError if frames are to become patches in another way than images do.
+    """
+    file = directory / "video_preprocessor_config.json"
+    if not file.exists():
+        file = directory / "preprocessor_config.json"
+    root = JsonFields.read(file)
+    frames, images = _image_processing(root, 128 * 28 * 28, 768 * 28 * 28), load_image_processing(directory)
+    for name in ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std", "rescale_factor"):
+        value, expected = getattr(frames, name), getattr(images, name)
+        if value != expected:
+            raise root.error(name, f"{value!r} differs from the images' {expected!r}, which is not supported")
+    return VideoProcessing(
+        min_pixels=frames.min_pixels,
+        max_pixels=frames.max_pixels,
+        patch_size=frames.patch_size,
+        temporal_patch_size=frames.temporal_patch_size,
+        merge_size=frames.merge_size,
+        fps=root.number("fps", default=2.0),
+        min_frames=root.integer("min_frames", default=4),
+        max_frames=root.integer("max_frames", default=768),
+    )
+
+
+def _image_processing(root: JsonFields, min_pixels: int = 56 * 56, max_pixels: int = 28 * 28 * 1280) -> ImageProcessing:
+    """min_pixels, max_pixels: where the file says nothing."""
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if not root.flag(step, True):
             raise root.error(step, "false is not supported")
     if root.integer("resample", minimum=0, default=3) != 3:
         raise root.error("resample", f"{root.values['resample']} is not supported (supported: 3, bicubic)")
     size = root.section("size") or JsonFields(root.file, {}, "size.")
-    min_pixels = root.integer("min_pixels", default=size.integer("shortest_edge", "min_pixels", default=56 * 56))
-    max_pixels = root.integer("max_pixels", default=size.integer("longest_edge", "max_pixels", default=28 * 28 * 1280))
+    min_pixels = root.integer("min_pixels", default=size.integer("shortest_edge", "min_pixels", default=min_pixels))
+    max_pixels = root.integer("max_pixels", default=size.integer("longest_edge", "max_pixels", default=max_pixels))
     if max_pixels < min_pixels:
         raise root.error("max_pixels", f"{max_pixels} is below min_pixels {min_pixels}")
     image_std = root.three_numbers("image_std")

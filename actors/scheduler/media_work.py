@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from vlmrt.actors.scheduler.counters import Counters
 from vlmrt.actors.scheduler.embed_cache import EmbedCache, Entry, Slab
+from vlmrt.actors.scheduler.media_workers import ClipWorkers, Worker, least_busy
 from vlmrt.actors.scheduler.request import MediaKey, Request
 from vlmrt.runtime.errors import WireError
 from vlmrt.runtime.messages import (
@@ -39,6 +40,7 @@ from vlmrt.runtime.messages import (
 UNSENT_RETRY_S = 0.02
 DECODE_PATIENCE_S = 1.0
 PAGES_PATIENCE_S = 5.0
+GROUPS_PER_FILE = 8  # decodes asked for at once, on average, where files are clips: each message brings a whole one
 _BYTES_PER_PATCH = 768  # 16 x 16 pixels of 3 bytes; raised when a worker's pixels are found to need more
 
 Sender = Callable[[ActorName, Message], None]
@@ -61,6 +63,7 @@ class Job:
     num_rows: int
     stage: Stage = Stage.NEEDED
     asked: RequestId | None = None  # through which request
+    file: MmHash | None = None  # that it is decoded from: the clip that the request has it in, or itself
     asked_at_s: float = 0.0
     worker: ActorName | None = None  # whose arena is charged with num_bytes
     num_bytes: int = 0
@@ -83,17 +86,6 @@ class Job:
         return self.stage in (Stage.ENCODING, Stage.RESTORING)
 
 
-@dataclass(slots=True, eq=False)
-class Worker:
-    """A media worker that is up."""
-
-    name: ActorName
-    epoch: Epoch
-    arena_bytes: int
-    num_decoding: int = 0
-    num_bytes: int = 0  # of pixels there or to come
-
-
 class MediaWork:
     """Jobs, media workers and ViTs.  `send` posts a message; `failures` gathers what the caller has to fail."""
 
@@ -110,6 +102,8 @@ class MediaWork:
         self.retry_at_s: dict[MmHash, float] = {}  # needed, but not to be asked for before then
         self.unblock_at_s: float | None = None  # when to make room in an arena that may be full
         self.give_up_at_s: float | None = None  # when to give up holds for pages
+        self._clip_workers = ClipWorkers()
+        self._files_that_moved: set[MmHash] = set()  # clips of which a group has come since the last pump
         self._needed: list[tuple[MediaKey, MmHash]] = []  # a heap; entries whose job has moved on are skipped
         self._send = send
         self._request_of = request_of
@@ -228,6 +222,7 @@ class MediaWork:
 
     def drop_worker(self, name: ActorName) -> None:
         """Its incarnation is gone, and its arena with it."""
+        self._clip_workers.drop(name)
         for job in list(self.jobs.values()):
             if job.worker != name:
                 continue
@@ -257,6 +252,8 @@ class MediaWork:
             self._counters.unwanted_pixels += 1
             self._send(sender, FreePixels((message.pixels,)))
             return
+        if job.file is not None:
+            self._files_that_moved.add(job.file)
         self._reset(job)
         self._bytes_per_patch = max(self._bytes_per_patch, message.pixels.num_bytes / max(1, job.num_patches))
         job.stage, job.pixels, job.shape = Stage.DECODED, message.pixels, message.shape
@@ -366,7 +363,8 @@ class MediaWork:
             worker.num_decoding -= job.stage is Stage.DECODING
             if job.pixels is not None:
                 self._send(worker.name, FreePixels((job.pixels,)))
-        job.stage, job.asked, job.worker, job.num_bytes, job.pixels = Stage.NEEDED, None, None, 0, None
+        job.stage, job.asked, job.file = Stage.NEEDED, None, None
+        job.worker, job.num_bytes, job.pixels = None, 0, None
         job.is_cancelled, job.vit, job.encode_id, job.no_pages_since_s = False, None, -1, None
         self.decoding.pop(job.mm_hash, None)
         self.decoded.pop(job.mm_hash, None)
@@ -509,9 +507,14 @@ class MediaWork:
         """If the most urgent decode takes very long, free later pixels in its arena, one by one.
 
         An arena may be fuller than these books say: cut into pieces, or holding images that are decoded although the
-        request they were asked through has ended.
+        request they were asked through has ended.  The groups of a clip come one after the other: each waits from the
+        one before it on.
         """
         self.unblock_at_s = None
+        moved, self._files_that_moved = self._files_that_moved, set()
+        for job in self.decoding.values() if moved else ():
+            if job.file in moved:
+                job.asked_at_s = now_s
         if not self.decoding or not self.decoded:
             return
         job = self.decoding[min(self.decoding, key=self.embeds.first_key)]
@@ -532,25 +535,39 @@ class MediaWork:
         return min((at_s for at_s in times if at_s is not None), default=None)
 
     def _start_decodes(self, now_s: float) -> None:
-        while self.workers and len(self.decoding) < 2 * len(self.workers) + 2:
+        while self.workers:
             job = self._first_needed()
             if job is None:
                 return
             key, (_, request_id) = self.embeds.first_key(job.mm_hash), min(self._givers(job.mm_hash))
+            request = self._request_of(request_id)
+            clip = request.clips.get(job.mm_hash)
+            file = clip or job.mm_hash
+            if not self._may_decode(file):
+                return
             num_bytes = int(job.num_patches * self._bytes_per_patch)
-            free = [w for w in self.workers.values() if not w.num_bytes or w.num_bytes + num_bytes <= w.arena_bytes]
+            free = [worker for worker in self.workers.values() if worker.has_room(num_bytes)]
             if not free:
                 if not self._is_most_urgent(key) or not self._drop_last_pixels(key):
                     return
                 continue
-            worker = min(free, key=lambda worker: (worker.num_decoding, worker.num_bytes))
+            worker = self._clip_workers.choose(clip, free) if clip else least_busy(free)
             heapq.heappop(self._needed)
-            job.stage, job.asked, job.worker, job.num_bytes = Stage.DECODING, request_id, worker.name, num_bytes
+            job.stage, job.asked, job.file = Stage.DECODING, request_id, file
+            job.worker, job.num_bytes = worker.name, num_bytes
             job.asked_at_s = now_s
             self.decoding[job.mm_hash] = job
             worker.num_decoding += 1
             worker.num_bytes += num_bytes
-            self._send(self._request_of(request_id).edge, NeedMedia(request_id, job.mm_hash, worker.name, worker.epoch))
+            self._send(request.edge, NeedMedia(request_id, job.mm_hash, worker.name, worker.epoch))
+
+    def _may_decode(self, file: MmHash) -> bool:
+        """So many files at once, of which a clip is one, whatever groups of it are asked for."""
+        most = 2 * len(self.workers) + 2
+        if len(self.decoding) < most:
+            return True
+        files = {job.file for job in self.decoding.values()}
+        return (file in files or len(files) < most) and len(self.decoding) < GROUPS_PER_FILE * most
 
     def _first_needed(self) -> Job | None:
         """The most urgent job nobody has been asked for; it stays on top of the heap."""

@@ -19,7 +19,8 @@ from vlmrt.actors.scheduler.host_blocks import HostBlocks
 from vlmrt.runtime.messages import BlockCopy, MediaItem
 
 _DIGEST_BYTES = 32
-_IMAGE_ROWS = struct.Struct("<6IH")  # place in the block, number, first row, grid_thw, length of the mm_hash behind it
+# place in the block, number, first row, grid_thw, time_offset, continues, length of the mm_hash behind it
+_IMAGE_ROWS = struct.Struct("<7I?H")
 
 
 def extend_block_hashes(
@@ -56,10 +57,11 @@ def extend_block_hashes(
 
 
 def _image_rows(item: MediaItem, begin: int, end: int) -> bytes:
-    """What identifies the rows of an image within the tokens [begin, end)."""
+    """What identifies the rows of an image within the tokens [begin, end) and their positions."""
     first, last = max(item.start, begin), min(item.start + item.num_tokens, end)
     name = item.mm_hash.encode()
-    return _IMAGE_ROWS.pack(first - begin, last - first, first - item.start, *item.grid_thw, len(name)) + name
+    place = first - begin, last - first, first - item.start
+    return _IMAGE_ROWS.pack(*place, *item.grid_thw, item.time_offset, item.continues, len(name)) + name
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from vlmrt.runtime.messages import ActorName, MediaItem, MmHash, RequestId, Sampling, StopRule, Usage
 
@@ -53,11 +54,17 @@ class Request:
     num_yields: int = 0  # times it gave its place to a younger request while it waited for media
     num_recoveries: int = 0  # times it lost its KV cache to a dead TP group
     named_media: frozenset[MmHash] = field(init=False)  # named by uuid: its edge has no bytes of them
+    clips: dict[MmHash, MmHash] = field(init=False)  # every group of a clip -> the first of that clip
 
     def __post_init__(self) -> None:
         named = {item.mm_hash for item in self.media if not item.has_bytes}
         self.named_media = frozenset(named.difference(item.mm_hash for item in self.media if item.has_bytes))
         self.media_end = self.media[-1].start + self.media[-1].num_tokens if self.media else 0
+        self.clips = {}
+        for before, item in pairwise(self.media):
+            if item.continues:
+                first = self.clips.setdefault(before.mm_hash, before.mm_hash)
+                self.clips.setdefault(item.mm_hash, first)
 
     @property
     def num_covered_tokens(self) -> int:

@@ -333,6 +333,9 @@ class State:
             if item.start < end or item.num_tokens < 1 or item.start + item.num_tokens > num_tokens:
                 message = f"media tokens {item.start}..{item.start + item.num_tokens} do not lie in order in the prompt"
                 raise RequestError(message, param="messages", code="bad_media_span")
+            if item.time_offset < 0 or (item.continues and not (0 < end == item.start)):
+                message = f"media tokens from {item.start} on do not go on with a clip right before them"
+                raise RequestError(message, param="messages", code="bad_media_span")
             end = item.start + item.num_tokens
         self._num_arrivals += 1
         request = Request(

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
+from tests.video_reference import video_processor
 from vlmrt.actors.models.config import ImageProcessing
 from vlmrt.actors.models.qwen2_vl.processing import image_grid_thw, num_image_tokens, resized_size
 from vlmrt.kernels.patchify import patchify
@@ -55,6 +56,15 @@ def test_frames_of_a_clip_fill_temporal_groups_and_the_last_one_is_repeated() ->
         alone = patchify([frames[index : index + 1]], PROCESSING).view(8, 3, 2, 14, 14)
         assert torch.equal(patches[index // 2, :, :, index % 2], alone[:, :, 0])
     assert torch.equal(patches[1, :, :, 0], patches[1, :, :, 1])
+
+
+def test_patches_of_a_clip_equal_the_video_processors_to_one_rounding() -> None:
+    frames = np.stack([np.array(picture(84, 56).rotate(angle)) for angle in (0, 10, 20, 30)])
+    processor = video_processor(do_resize=False, do_sample_frames=False)
+    expected = processor(torch.from_numpy(frames).permute(0, 3, 1, 2), return_tensors="pt")["pixel_values_videos"]
+    groups = [torch.from_numpy(frames[first : first + 2]) for first in (0, 2)]
+    assert (patchify(groups, PROCESSING) - expected).abs().max() <= 2.4e-7
+    assert torch.equal(patchify([torch.from_numpy(frames)], PROCESSING), patchify(groups, PROCESSING))
 
 
 def test_patches_in_another_dtype_are_the_float32_ones_rounded_once() -> None:

@@ -104,7 +104,10 @@ class Request:
 
     @property
     def rope_delta(self) -> int:
-        spans = [MediaSpan(item.start, item.num_tokens, item.grid_thw) for item in self.media]
+        spans = [
+            MediaSpan(item.start, item.num_tokens, item.grid_thw, item.time_offset, item.continues)
+            for item in self.media
+        ]
         return rope_delta(self.num_prompt_tokens, spans, self.merge_size)
 
     def embeds(self, start: int, stop: int) -> tuple[EmbedSlice, ...]:

@@ -12,23 +12,32 @@ import numpy as np
 import pytest
 
 from tests.actors.edge.encoded_images import save
+from tests.clips import make_clip
 from tests.pictures import noise
 from tests.support import FakeContext, make_config, peer_down, peer_up
 from vlmrt.actors.media import actor as media_actor
+from vlmrt.actors.media import open_clips
 from vlmrt.actors.media.actor import DecodeStuck, MediaActor
+from vlmrt.actors.media.clip import Clip
 from vlmrt.actors.media.image import decode_image
+from vlmrt.actors.media.resize import resize_frame
 from vlmrt.runtime.actor import ActorContext
-from vlmrt.runtime.config import MemoryOptions, SupervisionOptions
+from vlmrt.runtime.config import MemoryOptions, ServerOptions, SupervisionOptions, VideoOptions
 from vlmrt.runtime.messages import (
     ActorName,
     ArenaRef,
+    ClipInfo,
     Decode,
     DecodeFailed,
+    DecodeFrames,
     Epoch,
+    FrameGroup,
     FreePixels,
     MediaReady,
     MmHash,
     PixelsReady,
+    Probe,
+    Probed,
     SchedulerReady,
 )
 from vlmrt.runtime.shared_memory import ArenaReader
@@ -177,6 +186,129 @@ async def test_a_full_channel_delays_the_answer(worker: Worker) -> None:
     await asyncio.sleep(0.1)
     worker.context.outbox.full.clear()
     assert (await worker.ready()).mm_hash == "a"
+
+
+# ---------------------------------------------------------------- clips
+
+CLIP = make_clip()
+
+
+def groups_of(name: str, *indices: tuple[int, ...]) -> tuple[FrameGroup, ...]:
+    return tuple(FrameGroup(MmHash(f"{name}{number}"), pair) for number, pair in enumerate(indices))
+
+
+async def probed(worker: Worker, data: bytes, probe_id: int = 7) -> Probed:
+    await worker.actor.handle(Probe(probe_id, data), EDGE)
+    peer, message = await worker.context.outbox.next()
+    assert peer == EDGE
+    assert isinstance(message, Probed)
+    assert message.probe_id == probe_id
+    return message
+
+
+async def test_a_probe_is_answered_to_its_edge(worker: Worker) -> None:
+    assert await probed(worker, CLIP) == Probed(7, ClipInfo(160, 96, 30, 30.0, 1.0))
+    refused = await probed(worker, PNG, 8)
+    assert refused.clip is None
+    assert refused.error is not None
+    assert (refused.error.status, refused.error.code) == (400, "invalid_video")
+
+
+async def test_groups_come_one_by_one_in_order(worker: Worker) -> None:
+    groups = groups_of("g", (0, 4), (8, 12), (16, 20))
+    await worker.actor.handle(DecodeFrames(CLIP, (160, 96), TARGET, groups, Epoch(1)), EDGE)
+    clip, reader = Clip(CLIP, VideoOptions()), ArenaReader(worker.context.open_memory)
+    for group in groups:
+        ready = await worker.ready()
+        assert (ready.mm_hash, ready.shape) == (group.mm_hash, (2, 56, 84, 3))
+        expected = np.stack([resize_frame(frame, TARGET) for frame in clip.read(group.frame_indices)])
+        np.testing.assert_array_equal(reader.view(ready.pixels, ready.shape), expected)
+    counters = worker.context.metrics.snapshot().counters
+    assert counters['frames_decoded_total{reader="decord"}'] == 6
+
+
+async def test_a_clip_that_was_probed_is_not_opened_again(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[bytes] = []
+
+    def open_clip(encoded: bytes, options: VideoOptions) -> Clip:
+        opened.append(encoded)
+        return Clip(encoded, options)
+
+    monkeypatch.setattr(open_clips, "Clip", open_clip)
+    await probed(worker, CLIP)
+    for number in range(3):
+        groups = groups_of(f"{number}-", (number, number + 1))
+        await worker.actor.handle(DecodeFrames(CLIP, (160, 96), TARGET, groups, Epoch(1)), EDGE)
+        await worker.ready()
+    assert len(opened) == 1
+
+
+async def test_a_picture_has_its_turn_between_the_groups_of_a_long_clip(worker: Worker) -> None:
+    groups = groups_of("g", *((index, index) for index in range(16)))
+    await worker.actor.handle(DecodeFrames(CLIP, (160, 96), TARGET, groups, Epoch(1)), EDGE)
+    await worker.decode("picture", PNG)
+    names = [(await worker.ready()).mm_hash for _ in range(17)]
+    assert names.index(MmHash("picture")) < 8
+    assert [name for name in names if name != "picture"] == [group.mm_hash for group in groups]
+
+
+@pytest.mark.parametrize(
+    ("data", "size", "indices", "code"),
+    [
+        (CLIP[: len(CLIP) // 2], (160, 96), (0, 1), "invalid_video"),
+        (PNG, (160, 96), (0, 1), "invalid_video"),
+        (CLIP, (96, 160), (0, 1), "video_mismatch"),
+        (CLIP, (160, 96), (0, 30), "video_mismatch"),
+    ],
+)
+async def test_a_broken_clip_fails_alone_with_all_its_groups(
+    worker: Worker, data: bytes, size: tuple[int, int], indices: tuple[int, int], code: str
+) -> None:
+    groups = groups_of("g", indices, (2, 3))
+    await worker.actor.handle(DecodeFrames(data, size, TARGET, groups, Epoch(1)), EDGE)
+    for group in groups:
+        failed = await worker.failed()
+        assert (failed.mm_hash, failed.error.status, failed.error.code) == (group.mm_hash, 400, code)
+    await worker.decode("whole", PNG)
+    assert (await worker.ready()).mm_hash == "whole"
+
+
+async def test_groups_before_one_that_fails_are_answered(worker: Worker) -> None:
+    groups = groups_of("g", (0, 1), (2, 99), (4, 5))
+    await worker.actor.handle(DecodeFrames(CLIP, (160, 96), TARGET, groups, Epoch(1)), EDGE)
+    assert (await worker.ready()).mm_hash == "g0"
+    assert [(await worker.failed()).mm_hash for _ in range(2)] == ["g1", "g2"]
+
+
+async def test_nobody_decodes_on_for_a_scheduler_that_is_gone(worker: Worker) -> None:
+    groups = groups_of("g", *((index, index + 1) for index in range(0, 28, 2)))
+    await worker.actor.handle(DecodeFrames(CLIP, (160, 96), TARGET, groups, Epoch(1)), EDGE)
+    await worker.ready()
+    await worker.actor.peer_down(peer_down(SCHEDULER))
+    assert worker.used_bytes == 0
+    await worker.actor.handle(DecodeFrames(CLIP, (160, 96), TARGET, groups[:1], Epoch(2)), EDGE)
+    worker.context.outbox.take()
+    await worker.actor.peer_up(peer_up(SCHEDULER, SchedulerReady(), epoch=2))
+    assert (await worker.ready()).mm_hash == "g0"
+
+
+async def test_more_bytes_than_requests_may_hold_are_refused(tmp_path: Path) -> None:
+    config = make_config(server=ServerOptions(max_media_mib=0))
+    async with FakeContext("media:0", tmp_path, config) as context:
+        actor = MediaActor(cast(ActorContext, context))
+        await actor.start()
+        error = (await probed(Worker(context, actor), CLIP)).error
+        assert error is not None
+        assert (error.status, error.code) == (503, "media_worker_busy")
+        await actor.stop(0.0)
+
+
+async def test_an_edge_whose_channel_is_full_gets_its_answer_later(worker: Worker) -> None:
+    worker.context.outbox.full.add(EDGE)
+    await worker.actor.handle(Probe(1, CLIP), EDGE)
+    await asyncio.sleep(0.1)
+    worker.context.outbox.full.clear()
+    assert isinstance((await worker.context.outbox.next()).message, Probed)
 
 
 async def test_many_pictures_at_once_are_all_answered(worker: Worker) -> None:

@@ -54,6 +54,21 @@ def image(name: str, start: int, num_tokens: int) -> MediaItem:
     return MediaItem(MmHash(name), start, num_tokens, (1, 1, num_tokens))
 
 
+def clip(name: str, start: int, num_groups: int, num_tokens: int = 4) -> tuple[MediaItem, ...]:
+    """The groups of a clip, called name0, name1, ..., each of num_tokens."""
+    return tuple(
+        MediaItem(
+            MmHash(f"{name}{group}"),
+            start + group * num_tokens,
+            num_tokens,
+            (1, 1, num_tokens),
+            time_offset=group,
+            continues=group > 0,
+        )
+        for group in range(num_groups)
+    )
+
+
 def messages(sends: Iterable[Send], kind: type[M], peer: str | None = None) -> list[M]:
     return [send.message for send in sends if isinstance(send.message, kind) and peer in (None, send.peer)]
 
@@ -169,6 +184,12 @@ class Driver:
         """From NeedMedia to EmbedsReady in one go, on media:0 and vit:0."""
         (encode,) = messages(self.pixels(name), Encode)
         return self.embeds(encode)
+
+    def make_ready_on(self, media: str, name: str) -> list[Send]:
+        """As make_ready, on another media worker; returns everything sent meanwhile."""
+        sends = self.pixels(name, media)
+        (encode,) = messages(sends, Encode)
+        return sends + self.embeds(encode)
 
     # ------------------------------------------------------------ steps
 

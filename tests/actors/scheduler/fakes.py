@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import msgspec
+
 from vlmrt.runtime.errors import WireError
 from vlmrt.runtime.messages import (
     ActorName,
@@ -19,6 +21,7 @@ from vlmrt.runtime.messages import (
     CancelEncode,
     Decode,
     DecodeFailed,
+    DecodeFrames,
     DetachSlab,
     EmbedSlice,
     EmbedsReady,
@@ -97,13 +100,14 @@ class FakeMedia:
 
     def __init__(self, name: ActorName, epoch: Epoch, arena_bytes: int, send: Callable[[Message], None]) -> None:
         self.name, self.epoch, self.arena_bytes = name, epoch, arena_bytes
-        self.queue: deque[Decode] = deque()
+        self.queue: deque[Decode | DecodeFrames] = deque()
+        self.clips: set[MmHash] = set()  # decoded here, by their groups
         self.pixels: dict[ArenaRef, MmHash] = {}
         self._send = send
         self._next_offset = 0
 
     def receive(self, message: Message) -> None:
-        if isinstance(message, Decode):
+        if isinstance(message, Decode | DecodeFrames):
             self.queue.append(message)
         else:
             assert isinstance(message, FreePixels)
@@ -111,27 +115,36 @@ class FakeMedia:
                 del self.pixels[ref]  # a KeyError is a double free
 
     def work(self) -> bool:
-        """Decode the next image.  False if there is none or no room for it."""
+        """Decode the next image or group of a clip.  False if there is none or no room for it."""
         if not self.queue:
             return False
         decode = self.queue[0]
-        if decode.mm_hash.startswith("bad"):
-            self.queue.popleft()
-            self._send(DecodeFailed(decode.mm_hash, WireError(400, "not an image", "bad_image")))
+        mm_hash = decode.mm_hash if isinstance(decode, Decode) else decode.groups[0].mm_hash
+        if mm_hash.startswith("bad"):
+            self._done()
+            self._send(DecodeFailed(mm_hash, WireError(400, "not an image", "bad_image")))
             return True
         num_bytes = decode.target_size[0] * decode.target_size[1] * BYTES_PER_PATCH
         if num_bytes > self.arena_bytes:
-            self.queue.popleft()
-            self._send(DecodeFailed(decode.mm_hash, WireError(400, "larger than the arena", "image_too_large")))
+            self._done()
+            self._send(DecodeFailed(mm_hash, WireError(400, "larger than the arena", "image_too_large")))
             return True
         if sum(ref.num_bytes for ref in self.pixels) + num_bytes > self.arena_bytes:
             return False
-        self.queue.popleft()
+        self._done()
+        if isinstance(decode, DecodeFrames):
+            self.clips.add(mm_hash)
         self._next_offset += num_bytes  # never reused, so that a stale reference is found out
         ref = ArenaRef(self.name, self.epoch, self._next_offset, num_bytes)
-        self.pixels[ref] = decode.mm_hash
-        self._send(PixelsReady(decode.mm_hash, ref, (1, 2, 2, 3)))
+        self.pixels[ref] = mm_hash
+        self._send(PixelsReady(mm_hash, ref, (1, 2, 2, 3)))
         return True
+
+    def _done(self) -> None:
+        """With what is first in the queue, or with its first group."""
+        first = self.queue.popleft()
+        if isinstance(first, DecodeFrames) and len(first.groups) > 1:
+            self.queue.appendleft(msgspec.structs.replace(first, groups=first.groups[1:]))
 
 
 class FakeVit:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tests.actors.scheduler.driver import Driver, error_of, image, messages, needs
+import msgspec
+
+from tests.actors.scheduler.driver import Driver, clip, error_of, image, messages, needs
 from tests.actors.scheduler.invariants import check_nothing_is_held
 from vlmrt.runtime.errors import WireError
 from vlmrt.runtime.messages import (
@@ -370,3 +372,81 @@ def test_a_reset_of_one_cache_leaves_the_other() -> None:
     driver.state.reset_embedding_cache(0.0)
     assert needs(driver.submit("r3", 10, (image("a", 2, 4),), max_tokens=1)) == []
     assert driver.advance()[0].rows[0].start == 8
+
+
+# ---------------------------------------------------------------- clips
+
+
+def workers_of(asked: list[tuple[str, str, str]]) -> dict[str, str]:
+    return {mm_hash: media for _, mm_hash, media in asked}
+
+
+def test_the_groups_of_a_clip_are_asked_of_one_worker_in_prompt_order() -> None:
+    driver = Driver(medias=3, num_pages=100)
+    asked = needs(driver.submit("r1", 120, (image("before", 1, 4), *clip("c", 10, 20), image("after", 100, 4))))
+    assert [mm_hash for _, mm_hash, _ in asked] == ["before", *(f"c{group}" for group in range(20)), "after"]
+    workers = workers_of(asked)
+    (of_clip,) = {worker for mm_hash, worker in workers.items() if mm_hash.startswith("c")}
+    assert workers["before"] != of_clip != workers["after"] != workers["before"]
+
+
+def test_later_groups_of_a_clip_follow_the_first_ones_although_others_are_less_busy() -> None:
+    driver = Driver(medias=2, num_pages=400, arena_bytes=12_000)
+    first = workers_of(needs(driver.submit("r1", 100, clip("c", 0, 40, 2))))
+    home = first["c0"]
+    assert [first[f"c{group}"] == home for group in range(7)] == [True] * 7
+    (other,) = {worker for worker in first.values() if worker != home}  # where its home had no room
+    away = next(mm_hash for mm_hash, worker in first.items() if worker == other)
+    later = workers_of(needs(driver.make_ready_on(home, "c0")))
+    assert set(later.values()) == {home}
+    assert away not in later
+    assert set(workers_of(needs(driver.submit("r2", 20, (image("a", 2, 2),)))).values()) <= {other}
+
+
+def test_a_clip_takes_one_of_the_places_for_files_that_are_decoded() -> None:
+    driver = Driver(num_pages=200)
+    asked = [mm_hash for _, mm_hash, _ in needs(driver.submit("r1", 100, clip("c", 0, 40, 2)))]
+    assert asked == [f"c{group}" for group in range(32)]
+    driver = Driver(num_pages=200)
+    media = (*clip("c", 0, 9, 2), *(image(f"i{index}", 20 + 2 * index, 2) for index in range(9)))
+    asked = [mm_hash for _, mm_hash, _ in needs(driver.submit("r1", 100, media))]
+    assert asked == [*(f"c{group}" for group in range(9)), "i0", "i1", "i2"]
+
+
+def test_the_groups_of_a_dead_workers_clip_are_redone_once_by_another() -> None:
+    driver = Driver(medias=2, num_pages=100)
+    first = workers_of(needs(driver.submit("r1", 30, clip("c", 2, 5))))
+    (dead,) = set(first.values())
+    again = workers_of(needs(driver.down(dead)))
+    assert list(again) == list(first)
+    (other,) = set(again.values())
+    assert other != dead
+    assert error_of(driver.down(other)) == (500, "media_worker_died")
+    check_nothing_is_held(driver.state)
+
+
+def test_a_group_that_does_not_go_on_with_the_item_before_it_is_refused() -> None:
+    first, second = clip("c", 2, 2)
+    gap = msgspec.structs.replace(second, start=second.start + 1)
+    back = msgspec.structs.replace(first, time_offset=-1)
+    for media in ((second,), (first, gap), (back, second)):
+        driver = Driver()
+        assert error_of(driver.submit("r1", 20, media)) == (400, "bad_media_span")
+
+
+def test_groups_that_come_one_after_the_other_are_no_sign_of_a_full_arena() -> None:
+    """Each is asked for with the first, and waits from the one before it on."""
+    driver = Driver(num_pages=2)
+    driver.submit("r0", 10, (image("busy", 2, 4),))
+    driver.pixels("busy")
+    driver.submit("r1", 60, clip("c", 0, 6, 4))
+    driver.submit("r2", 20, (image("later", 2, 4),))
+    driver.pixels("later")
+    for group in range(2):
+        driver.now_s += 0.7
+        sends = driver.pixels(f"c{group}")
+        sends += driver.state.advance(driver.now_s)
+        assert not messages(sends, FreePixels)
+    driver.now_s += 1.5
+    assert driver.state.wake_at_s is not None
+    assert messages(driver.state.advance(driver.now_s), FreePixels)

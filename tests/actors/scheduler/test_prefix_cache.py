@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -45,6 +46,15 @@ def test_another_image_in_the_same_place_is_another_block() -> None:
 def test_two_images_side_by_side_differ_from_one_of_their_length() -> None:
     tokens = [0] * 8
     assert hashes(tokens, (image("a", 0, 4), image("a", 4, 4)))[1] != hashes(tokens, (image("a", 0, 8),))[1]
+
+
+def test_another_position_in_a_clip_is_another_block() -> None:
+    tokens = [0] * 8
+    first, second = image("a", 0, 4), image("b", 4, 4)
+    groups = [msgspec.structs.replace(second, time_offset=offset, continues=True) for offset in (1, 2)]
+    blocks = [hashes(tokens, (first, last)) for last in (second, *groups)]
+    assert len({block[0] for block in blocks}) == 1
+    assert len({block[1] for block in blocks}) == 3
 
 
 def test_tenants_with_different_salts_share_nothing() -> None:

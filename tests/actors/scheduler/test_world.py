@@ -8,7 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.actors.scheduler.world import Sizes, World, run_world
+from tests.actors.scheduler.fakes import IMAGE_TOKEN, stop_rule
+from tests.actors.scheduler.world import Sizes, World, clip_items, run_world
+from vlmrt.runtime.messages import ActorName, RequestId, Sampling, Submit
 
 NUM_WORLDS = 40
 NUM_WORLDS_SOAK = 2000
@@ -33,6 +35,7 @@ any_sizes = st.builds(
     prefix_caching=st.booleans(),
     embedding_caching=st.booleans(),
     by_name=st.sampled_from((0.0, 0.2, 0.7)),
+    clips=st.sampled_from((0.0, 0.5)),
     no_memory=st.sampled_from((0.0, 0.01, 0.1)),
     no_restore=st.sampled_from((0.0, 0.1)),
 )
@@ -113,6 +116,27 @@ def test_images_left_out_and_named_do_not_change_what_is_generated() -> None:
     assert len(lost) < 6
     for name in with_bytes.keys() - lost:
         assert by_name[name] == with_bytes[name]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_clip_is_prefilled_as_its_groups_arrive(seed: int) -> None:
+    """A step runs before the last group is decoded, and all groups are decoded by one of two workers."""
+    num_groups = 20
+    world = World(Sizes(num_pages=64, max_num_batched_tokens=40, arena_bytes=100_000), seed)
+    items = clip_items("clip", 2, num_groups)
+    num_media_tokens = sum(item.num_tokens for item in items)
+    token_ids = (3, 4, *[IMAGE_TOKEN] * num_media_tokens, 5)
+    world.submit(Submit(RequestId("r"), token_ids, tuple(items), 0, Sampling(), stop_rule(3)), ActorName("edge:0"))
+    decoded_at_first_step = None
+    while world.clients[RequestId("r")].is_open:
+        assert world.step()
+        if decoded_at_first_step is None and world.state.counters.steps:
+            decoded_at_first_step = sum(len(media.clips) for media in world.medias.values())
+    world.drain()
+    assert world.clients[RequestId("r")].error is None
+    assert decoded_at_first_step is not None
+    assert 0 < decoded_at_first_step < num_groups
+    assert sorted(len(media.clips) for media in world.medias.values()) == [0, num_groups]
 
 
 def num_encoded(world: World) -> int:

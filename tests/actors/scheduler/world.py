@@ -36,10 +36,12 @@ from vlmrt.runtime.messages import (
     ArenaRef,
     Capabilities,
     Decode,
+    DecodeFrames,
     EdgeReady,
     Epoch,
     FinishReason,
     ForgetLookUp,
+    FrameGroup,
     HostSlabExport,
     LlmReady,
     LookUpMedia,
@@ -89,6 +91,7 @@ class Sizes:
     prefix_caching: bool = True
     embedding_caching: bool = True
     by_name: float = 0.0  # how likely an image is left out and named; at most 0.8
+    clips: float = 0.0  # how likely a picture is a clip instead
     no_memory: float = 0.0  # how likely a row of a step finds no memory
     no_restore: float = 0.0  # how likely a ViT fails to restore an image
 
@@ -357,7 +360,10 @@ class World:
                 sent = [item for item in client.submit.media if item.has_bytes]
                 item = next(item for item in sent if item.mm_hash == message.mm_hash)
                 size = (item.grid_thw[1], item.grid_thw[2])
-                self.incarnations[message.media, epoch].inbox.append(Decode(item.mm_hash, b"", size, size, Epoch(1)))
+                decode: Message = Decode(item.mm_hash, b"", size, size, Epoch(1))
+                if item.mm_hash.startswith("clip"):
+                    decode = DecodeFrames(b"", size, size, (FrameGroup(item.mm_hash, (0, 1)),), Epoch(1))
+                self.incarnations[message.media, epoch].inbox.append(decode)
             return
         if isinstance(message, MediaFound):
             self._submit_found(incarnation.outbox, message)
@@ -506,6 +512,8 @@ class World:
 
     def _named(self, item: MediaItem) -> MediaItem:
         """Given a name, or called by it."""
+        if item.mm_hash.startswith("clip"):
+            return item
         draw = self.name_rng.random()
         has_name, has_bytes = draw < 0.8, draw >= self.sizes.by_name
         return msgspec.structs.replace(item, uuid=f"u-{item.mm_hash}" if has_name else "", has_bytes=has_bytes)
@@ -519,7 +527,11 @@ class World:
             has_image, draw, index = story.random() < 0.6, story.random(), story.randrange(6)
             if self.request_rng.random() < 0.2:
                 draw, index = self.request_rng.random(), self.request_rng.randrange(6)
-            if has_image:
+            if has_image and self.sizes.clips and self.request_rng.random() < self.sizes.clips:
+                groups = clip_items(f"clip{index}", len(token_ids), 1 + index % 3)
+                media += groups
+                token_ids += [IMAGE_TOKEN] * sum(item.num_tokens for item in groups)
+            elif has_image:
                 mm_hash, grid_thw = self._image(draw, index)
                 media.append(MediaItem(mm_hash, len(token_ids), num_rows_of(grid_thw), grid_thw))
                 token_ids += [IMAGE_TOKEN] * num_rows_of(grid_thw)
@@ -531,6 +543,23 @@ class World:
         if draw < 0.03:
             return MmHash("huge"), (1, 1, self.sizes.num_pages * PAGE_ROWS + 1)
         return MmHash(f"image{index}"), ((1, 1, 1), (1, 2, 2), (1, 1, 3), (1, 3, 3), (1, 2, 4), (1, 2, 7))[index]
+
+
+def clip_items(name: str, start: int, num_groups: int) -> list[MediaItem]:
+    """The groups of a clip, each of 2 rows."""
+    grid_thw = (1, 1, 2)
+    num_rows = num_rows_of(grid_thw)
+    return [
+        MediaItem(
+            MmHash(f"{name}.{group}"),
+            start + group * num_rows,
+            num_rows,
+            grid_thw,
+            time_offset=group,
+            continues=group > 0,
+        )
+        for group in range(num_groups)
+    ]
 
 
 def run_world(sizes: Sizes, seed: int, num_requests: int, *, deaths: bool = True, aborts: bool = True) -> World:

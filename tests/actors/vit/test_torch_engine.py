@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.actors.vit.conftest import Checkpoint
+from tests.video_reference import video_processor
 from vlmrt.actors.models.checkpoint_files import check_weight_files
 from vlmrt.actors.models.registry import family
 from vlmrt.actors.models.vision_grid import GridThw
@@ -83,3 +84,28 @@ def test_the_length_of_a_quantum_changes_no_row(checkpoint: Checkpoint) -> None:
     rows, quanta = encode(TorchEngine(tower, checkpoint.processing, CPU, 1e-9), images, grids)
     assert quanta == tower.num_layers
     assert torch.equal(rows, first)
+
+
+@torch.inference_mode()
+def test_groups_of_a_clip_one_by_one_give_the_references_rows_of_the_whole_clip(checkpoint: Checkpoint) -> None:
+    """Two different frames a group, in batches with still images and with groups of another clip."""
+    engine = TorchEngine(load_tower(checkpoint), checkpoint.processing, CPU, 1.0)
+    draw = np.random.default_rng(5)
+    clips = [
+        draw.integers(0, 256, (frames, 14 * height, 14 * width, 3), dtype=np.uint8)
+        for frames, height, width in ((6, 18, 10), (4, 4, 6))
+    ]
+    still = draw.integers(0, 256, (1, 28, 28, 3), dtype=np.uint8)
+    images: list[Pixels] = [still, clips[0][0:2], clips[1][0:2], clips[0][2:4], still, clips[1][2:4], clips[0][4:6]]
+    grids: list[GridThw] = [(1, image.shape[1] // 14, image.shape[2] // 14) for image in images]
+    rows, _ = encode(engine, images, grids)
+    counts = [height * width // 4 for _, height, width in grids]
+    parts = rows.split(counts)  # type: ignore[no-untyped-call]
+    for clip, places in zip(clips, ((1, 3, 6), (2, 5)), strict=True):
+        processor = video_processor(do_resize=False, do_sample_frames=False)
+        made = processor(torch.from_numpy(clip).permute(0, 3, 1, 2), return_tensors="pt")
+        grid = made["video_grid_thw"]
+        assert grid.tolist() == [[len(places), clip.shape[1] // 14, clip.shape[2] // 14]]
+        expected = checkpoint.reference_tower(made["pixel_values_videos"], grid_thw=grid).pooler_output
+        ours = torch.cat([parts[place] for place in places])
+        assert (ours - expected).abs().max() <= 4e-6 * expected.abs().max()
