@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,7 @@ class OnnxRuntimeSession:
 
         Raises: StartupError if the file cannot be loaded, or the provider is not there.
         """
-        import onnxruntime
-
+        onnxruntime = quiet_onnxruntime()
         self._device = device
         self._stream: torch.cuda.Stream | None = None
         options = onnxruntime.SessionOptions()
@@ -80,6 +80,14 @@ class OnnxRuntimeSession:
         assert tensor.is_contiguous()
         kind, index = tensor.device.type, tensor.device.index or 0
         return kind, index, ELEMENT_TYPES[tensor.dtype], list(tensor.shape), tensor.data_ptr()
+
+
+def quiet_onnxruntime() -> Any:
+    """The package, which from 1.32 on otherwise reports to its vendor, and keeps files for that."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read at the import
+    import onnxruntime
+
+    return onnxruntime
 
 
 def cuda_options(device: torch.device, stream: torch.cuda.Stream, memory_gib: float) -> dict[str, str]:
