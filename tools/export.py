@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -83,7 +85,9 @@ def _to_onnx(spec: EngineSpec, directory: Path, model: ModelConfig, place: Path)
     began_s = time.monotonic()
     files = check_weight_files(directory)
     tower = family(model.model_type).load_vision(files, model, torch.device("cpu"), getattr(torch, spec.dtype))
-    export_tower(tower, place, spec.opset)
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", scratch)  # tracing leaves a directory there
+        export_tower(tower, place, spec.opset)
     _done(place, began_s)
 
 
