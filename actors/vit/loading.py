@@ -119,9 +119,28 @@ def _other_engine(
     engine = WholeBatchEngine(session, vision, processing, device, dtype, max_call_patches)
     _encode_black(engine, processing, _grid(processing, 1))
     if device.type == "cuda":
-        _encode_black(engine, processing, _largest_grid(context.config, processing))
-        torch.cuda.synchronize(device)
+        _reserve_other(engine, context.config, processing, device)
     return engine
+
+
+def _reserve_other(engine: WholeBatchEngine, config: Config, processing: ImageProcessing, device: torch.device) -> None:
+    """Have the engine take the memory of the largest image, or at least of the largest batch, while there is some.
+
+    Raises: StartupError if it has not enough for that.
+    """
+    side = math.isqrt(config.parallel.max_patches_per_batch) // processing.merge_size
+    batch, largest = _grid(processing, side), _largest_grid(config, processing)
+    engine_gib = config.memory.vit_engine_gib
+    for grid in (batch, largest):
+        try:
+            _encode_black(engine, processing, grid)
+            torch.cuda.synchronize(device)
+        except torch.OutOfMemoryError:
+            problem = f"--vit-engine-gib {engine_gib:g}: too little for {math.prod(grid)} patches"
+            if grid == batch:
+                raise StartupError(f"{problem} of one batch; raise it, or lower --kv-cache-gib") from None
+            logger.warning("%s of one image: such large images will fail", problem)
+            torch.cuda.empty_cache()
 
 
 def _open_session(

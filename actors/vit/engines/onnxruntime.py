@@ -17,6 +17,7 @@ from vlmrt.runtime.errors import StartupError
 
 GIB = 1 << 30
 ELEMENT_TYPES = {torch.float32: 1, torch.int64: 7, torch.bfloat16: 16}  # onnx.TensorProto's numbers
+OUT_OF_MEMORY = ("Failed to allocate memory", "out of memory")  # in what its errors say
 CUDA = "CUDAExecutionProvider"
 
 
@@ -66,14 +67,23 @@ class OnnxRuntimeSession:
             binding.bind_input(name, *self._place(tensor))
         binding.bind_output(ROWS, *self._place(rows))
         if self._stream is None:
-            self._session.run_with_iobinding(binding, self._run_options)
+            self._call(binding)
             return
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         try:
-            self._session.run_with_iobinding(binding, self._run_options)
+            self._call(binding)
         finally:  # the memory of inputs and rows is given out anew in the order of the current stream
             current.wait_stream(self._stream)
+
+    def _call(self, binding: Any) -> None:
+        """Raises: torch.OutOfMemoryError where the session finds no memory, as torch does."""
+        try:
+            self._session.run_with_iobinding(binding, self._run_options)
+        except Exception as error:  # one of a tree of its own
+            if any(text in str(error) for text in OUT_OF_MEMORY):
+                raise torch.OutOfMemoryError(str(error)) from None
+            raise
 
     def _place(self, tensor: Tensor) -> tuple[str, int, int, list[int], int]:
         """(kind and number of its device, element type, shape, address)."""

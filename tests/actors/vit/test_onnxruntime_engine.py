@@ -152,6 +152,32 @@ def test_a_package_without_the_cuda_provider_names_the_one_that_has_it(tmp_path:
         OnnxRuntimeSession(tmp_path, torch.device("cuda:0"), 1, 1.0)
 
 
+@torch.inference_mode()
+def test_memory_that_is_not_there_is_torchs_error_and_others_stay_themselves(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = OnnxRuntimeSession(exported.directory, CPU, 1, 1.0)
+    vision, processing = exported.checkpoint.config.vision, exported.checkpoint.processing
+    engine = WholeBatchEngine(session, vision, processing, CPU, torch.float32, 8192)
+    images, grids = mixed_batch(0)
+    expected = encode(engine, images, grids)
+    for text, kind in (
+        ("BFCArena: Failed to allocate memory for requested buffer of size 9", torch.OutOfMemoryError),
+        ("CUDA failure 2: out of memory", torch.OutOfMemoryError),
+        ("CUDA failure 700: an illegal memory access was encountered", RuntimeError),
+    ):
+
+        def fail(*_: object, text: str = text) -> None:
+            raise RuntimeError(text)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(session._session, "run_with_iobinding", fail)
+            with pytest.raises(RuntimeError, match=text.partition(":")[0]) as raised:
+                encode(engine, images, grids)
+            assert raised.type is kind
+    assert torch.equal(encode(engine, images, grids), expected)
+
+
 async def test_the_actor_encodes_with_it(exported: Exported, tmp_path: Path) -> None:
     config = make_config(
         exported.checkpoint.directory,
