@@ -1,13 +1,15 @@
 # make run    install into .venv and launch the server with the demo model
 # make test   install with the test extras and run the whole suite
 # make check  ruff, mypy --strict
+# make test-clients  every client of tests/clients/environments in an environment of its own
+# make judges        tools that are not ours, each in an environment of its own, against a running server
 # make soak   the full counts (about an hour on 2 cores)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: install run test check soak clean
+.PHONY: install run test test-clients judges check soak clean
 
 install: $(VENV)/.installed
 
@@ -15,7 +17,7 @@ run: install
 	$(BIN)/vlmrt launch $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not soak and not gpu" --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest -m "not soak and not gpu and not clients" --cov --cov-report=term $(ARGS)
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -44,5 +46,11 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
+test-clients: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m clients tests/clients $(ARGS)
+
+judges: $(VENV)/.installed-test
+	$(BIN)/python -m tests.judges.run $(ARGS)
+
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .build build dist .mypy_cache .ruff_cache .pytest_cache

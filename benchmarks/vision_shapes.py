@@ -6,6 +6,7 @@ import json
 import tempfile
 from pathlib import Path
 
+import msgspec
 import torch
 
 from vlmrt.actors.models.config import ImageProcessing, VisionConfig
@@ -45,9 +46,16 @@ def vision_config(preset: str) -> VisionConfig:
         return load_model_config(Path(directory)).vision
 
 
-def random_tower(preset: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> VisionTower:
-    """Weights as a trained tower's are sized: activations keep their scale through all layers."""
-    tower = TOWERS[preset](vision_config(preset), dtype, device)
+def random_tower(
+    preset: str, device: torch.device, dtype: torch.dtype = torch.bfloat16, depth: int | None = None
+) -> VisionTower:
+    """Weights as a trained tower's are sized: activations keep their scale through all layers.
+
+    depth: fewer layers than the preset's.
+    """
+    config = vision_config(preset)
+    config = msgspec.structs.replace(config, depth=depth or config.depth)
+    tower = TOWERS[preset](config, dtype, device)
     generator = torch.Generator(device).manual_seed(0)
     for name, target in tower.targets():
         if "norm" in name or "ln_q" in name:

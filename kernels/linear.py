@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmrt.kernels.silu_and_mul import silu_and_mul, silu_and_mul_reference
+from vlmrt.kernels.tracing import is_traced
 
 MAX_FEW_ROWS = 32
 
@@ -49,7 +50,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         from vlmrt.kernels.triton.decode_linear import decode_linear
 
         return decode_linear(x, weight)
-    if x.device.type == "cpu" and x.dtype == torch.float32 and 1 < x.shape[0] <= MAX_FEW_ROWS:
+    is_float32_on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+    if is_float32_on_cpu and not is_traced() and 1 < x.shape[0] <= MAX_FEW_ROWS:
         product = torch.mm(weight, x.t()).t().contiguous()
         return product if bias is None else product.add_(bias)
     return F.linear(x, weight, bias)

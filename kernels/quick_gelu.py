@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from vlmrt.kernels.tracing import is_traced
+
 
 def quick_gelu_reference(x: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is not None:
@@ -20,4 +22,6 @@ def quick_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
         from vlmrt.kernels.triton.quick_gelu import quick_gelu_triton
 
         return quick_gelu_triton(x, bias)
+    if is_traced():  # as on a GPU
+        return quick_gelu_reference(x.float(), bias).to(x.dtype)
     return quick_gelu_reference(x, bias)

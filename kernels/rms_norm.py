@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlmrt.kernels.tracing import is_traced
+
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, shift: Tensor | None = None) -> Tensor:
     shifted = x if shift is None else x + shift
@@ -22,7 +24,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, shift: Tensor | None = None)
 
         return rms_norm_triton(x, weight, eps, shift)
     is_float32 = x.dtype == weight.dtype == torch.float32 and (shift is None or shift.dtype == torch.float32)
-    if x.device.type == "cpu" and is_float32:
+    if x.device.type == "cpu" and is_float32 and not is_traced():
         from vlmrt.kernels.compiled.rms_norm import rms_norm_on_cpu
 
         return rms_norm_on_cpu(x if shift is None else x + shift, weight, eps)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from vlmrt.kernels.tracing import is_traced
+
 
 def rotary_tables(angles: Tensor) -> tuple[Tensor, Tensor]:
     """(cos, sin) of each token's angles as rotate takes them: sin is negated in its first half.
@@ -47,7 +49,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         from vlmrt.kernels.triton.rotary import rotate_triton
 
         return rotate_triton(x, cos, sin)
-    if x.device.type == "cpu" and x.dtype == cos.dtype == sin.dtype == torch.float32:
+    is_float32 = x.dtype == cos.dtype == sin.dtype == torch.float32
+    if x.device.type == "cpu" and is_float32 and not is_traced():
         from vlmrt.kernels.compiled.rotary import rotate_on_cpu
 
         return rotate_on_cpu(x, cos, sin)

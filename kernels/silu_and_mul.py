@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlmrt.kernels.tracing import is_traced
+
 
 def silu_and_mul_reference(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
@@ -22,8 +24,10 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
         from vlmrt.kernels.triton.silu_and_mul import silu_and_mul_triton
 
         return silu_and_mul_triton(gate_up)
-    if gate_up.device.type == "cpu" and gate_up.dtype == torch.float32:
+    if gate_up.device.type == "cpu" and gate_up.dtype == torch.float32 and not is_traced():
         from vlmrt.kernels.compiled.silu_and_mul import silu_and_mul_on_cpu
 
         return silu_and_mul_on_cpu(gate_up)
+    if is_traced():  # as on a GPU
+        return silu_and_mul_reference(gate_up.float()).to(gate_up.dtype)
     return silu_and_mul_reference(gate_up)

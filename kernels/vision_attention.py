@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vlmrt.kernels.segment_rows import SegmentRows, segment_rows_attention
 from vlmrt.kernels.transfer import to_device
 
 SHORT_SEGMENT = 64  # patches: a whole window of Qwen2.5-VL
@@ -72,17 +73,19 @@ def vision_attention_reference(q: Tensor, k: Tensor, v: Tensor, lengths: Sequenc
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def vision_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
+def vision_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments | SegmentRows, scale: float) -> Tensor:
     """softmax(q k^T * scale) v within each segment, every patch seeing its whole segment.
 
     Shapes: q, k, v [T, H, D], rows of D contiguous, segments from pack_segments on their device -> [T, H, D], same
     dtype. Segments of one length are cheapest as neighbours.
     Raises: ValueError if the segments do not add up to T.
 
-    On CUDA a kernel of our own takes every mix of lengths in one launch. cuDNN's attention is quick too, but builds a
-    plan for each new (number of segments, length), and almost every batch of users' pictures is a new one. float32
-    takes torch's attention, whose products keep all 24 bits.
+    SegmentRows are for a tower that is traced. On CUDA a kernel of our own takes every mix of lengths in one launch.
+    cuDNN's attention is quick too, but builds a plan for each new (number of segments, length), and almost every batch
+    of users' pictures is a new one. float32 takes torch's attention, whose products keep all 24 bits.
     """
+    if isinstance(segments, SegmentRows):
+        return segment_rows_attention(q, k, v, segments, scale)
     if sum(segments.lengths) != q.shape[0]:
         raise ValueError(f"segments of {sum(segments.lengths)} patches in all, but q has {q.shape[0]}")
     if q.device.type == "cuda" and q.dtype != torch.float32:

@@ -17,6 +17,7 @@ Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16"]
 GpuSharingChoice = Literal["auto", "mps", "time-slice"]
 VideoReaderChoice = Literal["auto", "decord", "av"]
+VitEngine = Literal["torch", "onnxruntime", "tensorrt"]
 
 
 class ModelOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -107,6 +108,7 @@ class MemoryOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kv_host_cache_gib: float = 0.0  # of host memory per rank, for KV blocks that were evicted; 0: none
     embedding_cache_gib: float = 0.25
     embedding_host_cache_gib: float = 0.0  # of host memory per ViT, for rows of images; 0: none
+    vit_engine_gib: float = 8.0  # of a GPU, for all that ONNX Runtime takes, or for TensorRT's workspace
     page_rows: int = 16  # rows of one slab page
     pixel_arena_mib: int = 256  # per media worker
     media_worker_mib: int = 0  # that a media worker may allocate, its arena apart; 0: no bound
@@ -123,6 +125,8 @@ class ParallelOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     llm_threads: int = 1  # torch threads of one rank
     vit_threads: int = 1
     max_patches_per_batch: int = 8192  # of one ViT forward: fills a GPU; twice as many make the first image wait
+    vit_engine: VitEngine = "torch"
+    vit_engine_directory: str | None = None  # of the exported tower, where the engine is not torch
     vit_quantum_ms: float = 8.0  # of tower work that a GPU is given at once
     gpu_sharing: GpuSharingChoice = "auto"  # where a ViT and a rank share a GPU; auto: MPS if it can be had
     vit_sm_percent: int = 80  # of the SMs of a GPU that a ViT shares under MPS

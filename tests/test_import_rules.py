@@ -34,8 +34,10 @@ LIGHT = (
     "vlmrt.runtime.sweeper",
     "vlmrt.tools.cli",
     "vlmrt.tools.launch",
+    "vlmrt.tools.export",
 )
-HEAVY = ("torch", "transformers", "numba", "triton")
+OTHER_ENGINES = ("onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx")
+HEAVY = ("torch", "transformers", "numba", "triton", *OTHER_ENGINES)
 UNPICKLERS = ("pickle", "cloudpickle", "dill", "marshal", "shelve")
 
 
@@ -77,5 +79,11 @@ def test_no_file_can_unpickle(path: Path) -> None:
 @pytest.mark.parametrize("module", LIGHT)
 def test_a_light_process_imports_nothing_heavy(module: str) -> None:
     program = f"import sys; sys.modules.update(dict.fromkeys({HEAVY})); import {module}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_vit_on_torch_needs_no_package_of_another_engine() -> None:
+    program = f"import sys; sys.modules.update(dict.fromkeys({OTHER_ENGINES})); import vlmrt.actors.vit.actor"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -21,6 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from vlmrt.tools.offline.generate import generate
 
             return generate(arguments)
+        case "export":
+            from vlmrt.tools.export import export
+
+            return export(arguments)
     raise AssertionError(arguments.command)
 
 
@@ -47,7 +51,39 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
     )
+    add_export(
+        commands.add_parser(
+            "export",
+            help="make the vision tower's files for another engine",
+            description="Make the files of a vision tower for --vit-engine onnxruntime or tensorrt, as a launch does "
+            "that does not find them.",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+    )
     return parser
+
+
+def add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="DIR|HUB_ID", help="a local directory or a hub id; default: the demo model")
+    parser.add_argument("--revision", default="main", help="of the hub id")
+    parser.add_argument("--engine", choices=("onnx", "tensorrt"), default="onnx", help="onnx: for onnxruntime")
+    parser.add_argument("--output", metavar="DIR", help="a new directory for the files; default: in the cache")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="that will run it")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    add_engine_files(parser)
+
+
+def add_engine_files(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    parser.add_argument(
+        "--engine-cache", metavar="DIR", help="of exported vision towers; default: $XDG_CACHE_HOME/vlmrt/engines"
+    )
+    parser.add_argument(
+        "--vit-engine-gib",
+        type=positive_float,
+        default=8.0,
+        metavar="GIB",
+        help="of a GPU: all that onnxruntime takes for a ViT, or tensorrt's workspace",
+    )
 
 
 def add_engine(parser: argparse.ArgumentParser, preset: str = "interactive") -> None:
@@ -106,7 +142,15 @@ def add_engine(parser: argparse.ArgumentParser, preset: str = "interactive") -> 
         "--vit-sm-percent", type=percent, default=80, metavar="P", help="of a shared GPU, under MPS: the ViT's part"
     )
 
+    place.add_argument(
+        "--vit-engine",
+        choices=("torch", "onnxruntime", "tensorrt"),
+        default="torch",
+        help="what runs the vision tower; another than torch has it exported once",
+    )
+
     memory = parser.add_argument_group("memory")
+    add_engine_files(memory)
     memory.add_argument("--kv-cache-gib", type=positive_float, metavar="GIB", help="per rank; default: what is free")
     memory.add_argument("--num-kv-blocks", type=positive_int, metavar="N", help="in place of --kv-cache-gib")
     memory.add_argument(

@@ -42,6 +42,7 @@ from vlmrt.tools.devices import num_cuda_devices
 from vlmrt.tools.host_tiers import check_host_memory, embedding_host_cache_gib, kv_host_cache_gib
 from vlmrt.tools.launch_report import LaunchReport
 from vlmrt.tools.model_source import locate_model
+from vlmrt.tools.vit_engines import build_engine_files, engine_directory
 
 MAX_DEFAULT_MODEL_LEN = 32768
 DEFAULT_EMBEDDING_CACHE_GIB = {"cpu": 0.25, "cuda": 2.0}
@@ -72,6 +73,7 @@ def launch(arguments: argparse.Namespace) -> int:
     )
     try:
         config, model = build_config(arguments)
+        build_engine_files(config)
         report = LaunchReport(config, model)
         return asyncio.run(Supervisor(config, report, num_gpus=num_cuda_devices()).run())
     except (StartupError, CheckpointError) as error:
@@ -115,7 +117,12 @@ def build_config(arguments: argparse.Namespace) -> tuple[Config, ModelConfig]:
             embedding_caching=not arguments.no_embedding_caching,
         ),
         memory=memory_options(arguments, model, processing, video_processing, device, dtype),
-        parallel=parallel_options(arguments, device, dtype),
+        parallel=parallel_options(
+            arguments,
+            device,
+            dtype,
+            engine_directory(arguments.vit_engine, arguments.engine_cache, directory, model, processing, device, dtype),
+        ),
         supervision=SupervisionOptions(
             shutdown_grace_s=arguments.shutdown_grace_s,
             start_timeout_s=arguments.start_timeout_s,
@@ -232,11 +239,14 @@ def memory_options(
         embedding_host_cache_gib=embedding_host_cache_gib(arguments, device),
         pixel_arena_mib=arena_mib,
         media_worker_mib=arguments.media_worker_mib,
+        vit_engine_gib=arguments.vit_engine_gib,
         gpu_memory_fraction=arguments.gpu_memory_fraction,
     )
 
 
-def parallel_options(arguments: argparse.Namespace, device: Device, dtype: Dtype) -> ParallelOptions:
+def parallel_options(
+    arguments: argparse.Namespace, device: Device, dtype: Dtype, vit_engine_directory: str | None
+) -> ParallelOptions:
     cores = len(os.sched_getaffinity(0))
     return ParallelOptions(
         device=device,
@@ -246,6 +256,8 @@ def parallel_options(arguments: argparse.Namespace, device: Device, dtype: Dtype
         num_media_workers=arguments.media_workers,
         llm_threads=arguments.llm_threads or max(1, cores // arguments.tp),
         vit_threads=arguments.vit_threads,
+        vit_engine=arguments.vit_engine,
+        vit_engine_directory=vit_engine_directory,
         vit_quantum_ms=arguments.vit_quantum_ms,
         gpu_sharing=arguments.gpu_sharing,
         vit_sm_percent=arguments.vit_sm_percent,

@@ -11,7 +11,8 @@ from pathlib import Path
 from rich.console import Console
 
 from vlmrt.actors.models.config import ModelConfig
-from vlmrt.actors.models.registry import load_generation_defaults
+from vlmrt.actors.models.registry import load_generation_defaults, load_image_processing
+from vlmrt.actors.vit.engines.engine_files import MAX_FRAME_PATCHES
 from vlmrt.runtime.config import Config
 from vlmrt.runtime.messages import ActorName, Capabilities, Epoch, LlmReady
 from vlmrt.tools import demo
@@ -95,6 +96,7 @@ class LaunchReport:
             f"  vlmrt is ready at {url}  (after {start_s:.1f} s)",
             f"  model      {model.served_names[0]} ({self._model.model_type}); {self._other_names()}",
             f"  device     {self._place()}",
+            f"  vision     {self._vision()}",
             f"  context    {model.max_model_len} tokens; KV cache {num_kv_tokens} tokens, "
             f"prefix caching {'on' if limits.prefix_caching else 'off'}",
             *self._host_tiers(),
@@ -116,6 +118,13 @@ class LaunchReport:
                 f"  note       the KV cache holds fewer tokens than the context: longer requests than {num_kv_tokens} "
                 "tokens are refused (--kv-cache-gib)"
             )
+        max_pixels = MAX_FRAME_PATCHES * self._model.vision.patch_size**2
+        largest = load_image_processing(Path(model.directory)).max_pixels
+        if config.parallel.vit_engine != "torch" and largest > max_pixels:
+            block.append(
+                f"  note       {config.parallel.vit_engine} takes images of up to {max_pixels} pixels after resizing; "
+                f"the model allows {largest}, and what is between fails"
+            )
         if Path(model.directory) == demo.CHECKPOINT:
             block.append(
                 "  note       this is the demo model: a toy that knows coloured shapes, counts and short texts on "
@@ -134,6 +143,12 @@ class LaunchReport:
         tenants = {key.tenant for key in keys if key.tenant}
         counts = [_count(len(keys), "key"), *([_count(len(tenants), "tenant")] if tenants else [])]
         return f"on ({', '.join(counts)})"
+
+    def _vision(self) -> str:
+        parallel = self._config.parallel
+        if parallel.vit_engine_directory is None:
+            return parallel.vit_engine
+        return f"{parallel.vit_engine}, from {parallel.vit_engine_directory}"
 
     def _host_tiers(self) -> list[str]:
         """A line about what is kept in host memory; none if nothing is."""

@@ -21,12 +21,18 @@ StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 
 class TextBlock(Struct, frozen=True, tag_field="type", tag="text"):
     text: str
+    citations: None = None
+
+
+class DirectCaller(Struct, frozen=True, tag_field="type", tag="direct"):
+    """The model itself, not a tool that runs on a server."""
 
 
 class ToolUseBlock(Struct, frozen=True, tag_field="type", tag="tool_use"):
     id: str
     name: str
     input: Raw
+    caller: DirectCaller = DirectCaller()
 
 
 class MessageUsage(Struct, frozen=True):
@@ -34,6 +40,11 @@ class MessageUsage(Struct, frozen=True):
     output_tokens: int
     cache_read_input_tokens: int
     cache_creation_input_tokens: int = 0
+    cache_creation: None = None
+    inference_geo: None = None
+    output_tokens_details: None = None
+    server_tool_use: None = None
+    service_tier: Literal["standard"] = "standard"
 
 
 class AnthropicMessage(Struct, frozen=True, tag_field="type", tag="message"):
@@ -44,6 +55,8 @@ class AnthropicMessage(Struct, frozen=True, tag_field="type", tag="message"):
     stop_sequence: str | None
     usage: MessageUsage
     role: Literal["assistant"] = "assistant"
+    stop_details: None = None
+    container: None = None
 
 
 class TokenCount(Struct, frozen=True):

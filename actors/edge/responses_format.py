@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import UNSET, Raw, Struct
 
 from vlmrt.actors.edge.choice import Piece, ToolCallDelta
 from vlmrt.actors.edge.generation import Answer
@@ -122,8 +122,8 @@ class ResponsesFormat:
             top_p=sampling.top_p,
             presence_penalty=sampling.presence_penalty,
             frequency_penalty=sampling.frequency_penalty,
-            text=msgspec.structs.replace(wanted, format=wanted.format or TextFormat("text")),
-            tools=tuple(request.tools or ()),
+            text=TextOptions(wanted.format or TextFormat("text"), wanted.verbosity or "medium"),
+            tools=tuple(_told(tool) for tool in request.tools or ()),
             tool_choice=request.tool_choice or "auto",
             parallel_tool_calls=request.parallel_tool_calls is not False,
             metadata=request.metadata if bytes(request.metadata) != b"null" else Raw(b"{}"),
@@ -253,4 +253,14 @@ def response_usage(usage: ChatUsage) -> ResponseUsage:
         input_tokens_details=InputTokensDetails(usage.prompt_tokens_details.cached_tokens),
         output_tokens=usage.completion_tokens,
         total_tokens=usage.total_tokens,
+    )
+
+
+def _told(tool: FunctionTool) -> FunctionTool:
+    """The tool as answers show it, where every field is present."""
+    return msgspec.structs.replace(
+        tool,
+        description=None if tool.description is UNSET else tool.description,
+        parameters=NULL if tool.parameters is UNSET else tool.parameters,
+        strict=None if tool.strict is UNSET else tool.strict,
     )

@@ -116,7 +116,7 @@ def load_rank(context: ActorContext) -> LoadedRank:
         model_config = load_model_config(Path(config.model.directory))
         check_tensor_parallel(model_config, config.parallel.tp)
         files = check_weight_files(Path(config.model.directory))
-        compiler = GrammarCompiler(partial(_load_tokenizer, Path(config.model.directory), model_config))
+        compiler = GrammarCompiler(partial(_load_tokenizer, config, model_config))
         if config.parallel.tp > 1:
             context.progress("joining ranks", 0, config.parallel.tp)
         group = join_group(
@@ -179,11 +179,13 @@ def load_rank(context: ActorContext) -> LoadedRank:
     return LoadedRank(LlmReady(num_blocks, num_host_blocks, size), group, runner, compiler)
 
 
-def _load_tokenizer(directory: Path, model_config: ModelConfig) -> LLTokenizer:
-    """Raises: OSError, ValueError where there is none."""
-    of_defaults = load_generation_defaults(directory).eos_token_ids
-    eos_token_ids = tuple(dict.fromkeys((*of_defaults, *model_config.eos_token_ids)))  # those at which the edge stops
-    return load_tokenizer(directory, model_config.text.vocab_size, eos_token_ids)
+def _load_tokenizer(config: Config, model_config: ModelConfig) -> LLTokenizer:
+    """With the end tokens that the edge stops at.  Raises: OSError, ValueError where there is none."""
+    directory = Path(config.model.directory)
+    eos_token_ids = model_config.eos_token_ids
+    if config.model.generation_config == "auto":
+        eos_token_ids = (*load_generation_defaults(directory).eos_token_ids, *eos_token_ids)
+    return load_tokenizer(directory, model_config.text.vocab_size, tuple(dict.fromkeys(eos_token_ids)))
 
 
 def _host_blocks(

@@ -14,6 +14,18 @@ MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
                "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}  # fmt: skip
 
+# The public files of Qwen2-VL and Qwen2.5-VL are flat: visual.*, model.*, lm_head.*; newer files say where each part
+# lives in the whole model. What is loaded goes by the flat names.
+_NESTED = (("model.visual.", "visual."), ("model.language_model.", "model."))
+
+
+def flat_name(name: str) -> str:
+    """The flat spelling of a tensor's name."""
+    for nested, flat in _NESTED:
+        if name.startswith(nested):
+            return flat + name.removeprefix(nested)
+    return name
+
 
 class TensorEntry(msgspec.Struct, frozen=True):
     """Where one tensor lies."""

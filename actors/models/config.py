@@ -34,6 +34,15 @@ class VisionConfig(msgspec.Struct, frozen=True, kw_only=True):
         """Values of one flattened patch: channels * temporal_patch_size * patch_size**2."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
+    @property
+    def window_cells(self) -> int | None:
+        """Side of a window in merge blocks."""
+        return None if self.window_size is None else self.window_size // self.patch_size // self.spatial_merge_size
+
+    def sees_frames(self, layer: int) -> bool:
+        """Whether a layer attends to the whole frame."""
+        return self.window_size is None or layer in self.fullatt_block_indexes
+
 
 class TextConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Shape of a language model."""

@@ -7,6 +7,7 @@ from typing import Protocol, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vlmrt.actors.models.config import VisionConfig
@@ -15,6 +16,7 @@ from vlmrt.actors.models.vision_grid import GridThw, frame_lengths, patch_positi
 from vlmrt.kernels.layer_norm import layer_norm
 from vlmrt.kernels.rms_norm import rms_norm
 from vlmrt.kernels.rotary import rotary_tables, rotate
+from vlmrt.kernels.segment_rows import SegmentRows
 from vlmrt.kernels.transfer import to_device
 from vlmrt.kernels.vision_attention import LONG_TILE, Segments, pack_segments, tile_for, vision_attention
 
@@ -43,7 +45,9 @@ class VisionBlock(Protocol):
     products into x leave out.
     """
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments, shifts: Tensor) -> None: ...
+    def __call__(
+        self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments | SegmentRows, shifts: Tensor
+    ) -> None: ...
 
     def targets(self, prefix: str, biases: Tensor) -> Iterator[tuple[str, Target]]: ...
 
@@ -56,6 +60,27 @@ def shifted_norm(x: Tensor, shift: Tensor, norm: Norm) -> Tensor:
     if norm.bias is None:
         return rms_norm(x, norm.weight, norm.eps, shift)
     return layer_norm(x, norm.weight, norm.bias, norm.eps, shift)
+
+
+def inverse_frequency(config: VisionConfig, device: torch.device) -> Tensor:
+    """Of the pairs that turn with the row, as many turn with the column: float32 [head_dim / 4]."""
+    axis_dim = config.head_dim // 2
+    pair = torch.arange(0, axis_dim, 2, dtype=torch.float32)
+    return (1.0 / ROPE_THETA ** (pair / axis_dim)).to(device)
+
+
+def turned_by(positions: NDArray[np.int64], frequency: Tensor) -> tuple[Tensor, Tensor]:
+    """rotary_tables of patches at these rows and columns, [num_patches, 2], on the frequency's device."""
+    return rotary_tables((to_device(positions, frequency.device).float()[:, :, None] * frequency).flatten(1))
+
+
+def check_grids(num_patches: int, grid_thw: Sequence[GridThw], merge_size: int) -> None:
+    """Raises: ValueError if the grids do not describe num_patches patches in whole merge blocks."""
+    expected = sum(frames * height * width for frames, height, width in grid_thw)
+    if not expected or num_patches != expected:
+        raise ValueError(f"{num_patches} patches, but grid_thw {list(grid_thw)} asks for {expected}")
+    if any(height % merge_size or width % merge_size for _, height, width in grid_thw):
+        raise ValueError(f"grid_thw {list(grid_thw)}: heights and widths must be multiples of {merge_size}")
 
 
 class ResidualLinear(nn.Module):
@@ -81,7 +106,7 @@ class VisionAttention(nn.Module):
         self.qkv = Linear(config.embed_dim, 3 * config.embed_dim, True, dtype, device)
         self.proj = ResidualLinear(config.embed_dim, config.embed_dim, dtype, device)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments, residual: Tensor) -> None:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments | SegmentRows, residual: Tensor) -> None:
         """Attend among the rows of x; what comes of it is added to residual."""
         num_patches = x.shape[0]
         heads = self.qkv(x).view(num_patches, 3 * self.num_heads, self.head_dim)
@@ -132,9 +157,7 @@ class VisionTower(nn.Module):
         self.residual_biases = parameter(1 + 2 * config.depth, config.embed_dim, dtype=dtype, device=device)
         self.residual_biases[0].zero_()
         self.merger = PatchMerger(config, dtype, device)
-        axis_dim = config.head_dim // 2  # half of the pairs turn with the row, half with the column
-        pair = torch.arange(0, axis_dim, 2, dtype=torch.float32)
-        self.inverse_frequency = (1.0 / ROPE_THETA ** (pair / axis_dim)).to(device)
+        self.inverse_frequency = inverse_frequency(config, device)
 
     @property
     def num_layers(self) -> int:
@@ -183,23 +206,21 @@ class VisionTower(nn.Module):
         The attention's tiles are as large for every batch, so that all can go through the same recorded layers.
         Raises: ValueError if the grids do not describe num_patches patches in whole merge blocks.
         """
-        self._check(embedded.shape[0], grid_thw)
+        check_grids(embedded.shape[0], grid_thw, self.config.spatial_merge_size)
         config = self.config
         device = embedded.device
         # First, so that other kernels lie between it and the norms, which read it without a wait as they do weights.
         shifts = self.shifts()
         positions = patch_positions(grid_thw, config.spatial_merge_size)
         windows = restore = None
-        if config.window_size is not None:
-            window_cells = config.window_size // config.patch_size // config.spatial_merge_size
-            order, lengths = window_layout(grid_thw, config.spatial_merge_size, window_cells)
+        if config.window_cells is not None:
+            order, lengths = window_layout(grid_thw, config.spatial_merge_size, config.window_cells)
             unit = config.spatial_merge_size**2
             positions = positions.reshape(-1, unit, 2)[order].reshape(-1, 2)
             embedded = embedded.view(-1, unit * config.embed_dim)[to_device(order, device)].view(-1, config.embed_dim)
-            windows = pack_segments(lengths, device, tile_for(window_cells**2 * unit))
+            windows = pack_segments(lengths, device, tile_for(config.window_cells**2 * unit))
             restore = to_device(np.argsort(order), device)
-        angles = (to_device(positions, device).float()[:, :, None] * self.inverse_frequency).flatten(1)
-        cos, sin = rotary_tables(angles)
+        cos, sin = turned_by(positions, self.inverse_frequency)
         frames = pack_segments(frame_lengths(grid_thw), device, LONG_TILE)
         return VisionState(embedded, shifts, cos, sin, frames, windows, restore)
 
@@ -211,8 +232,7 @@ class VisionTower(nn.Module):
         if first != state.next_layer or not first <= last <= self.num_layers:
             raise ValueError(f"layers [{first}, {last}): the next is {state.next_layer} of {self.num_layers}")
         for index in range(first, last):
-            whole_frame = state.windows is None or index in self.config.fullatt_block_indexes
-            segments = state.frames if whole_frame else cast(Segments, state.windows)
+            segments = state.frames if self.config.sees_frames(index) else cast(Segments, state.windows)
             shifts = state.shifts[2 * index : 2 * index + 2]
             self.blocks[index](state.x, state.cos, state.sin, segments, shifts)
         state.next_layer = last
@@ -235,11 +255,3 @@ class VisionTower(nn.Module):
             biases = self.residual_biases[1 + 2 * index : 3 + 2 * index]
             yield from cast(VisionBlock, block).targets(f"visual.blocks.{index}.", biases)
         yield from self.merger.targets("visual.merger.")
-
-    def _check(self, num_patches: int, grid_thw: Sequence[GridThw]) -> None:
-        merge = self.config.spatial_merge_size
-        expected = sum(frames * height * width for frames, height, width in grid_thw)
-        if not expected or num_patches != expected:
-            raise ValueError(f"{num_patches} patches, but grid_thw {list(grid_thw)} asks for {expected}")
-        if any(height % merge or width % merge for _, height, width in grid_thw):
-            raise ValueError(f"grid_thw {list(grid_thw)}: heights and widths must be multiples of {merge}")

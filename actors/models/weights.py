@@ -6,24 +6,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from vlmrt.actors.models.checkpoint_files import TensorEntry, WeightFiles
+from vlmrt.actors.models.checkpoint_files import TensorEntry, WeightFiles, flat_name
 from vlmrt.actors.models.config import CheckpointError
 from vlmrt.actors.models.layers import Target
 
 MAX_NAMED = 4  # names that one message lists
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
-
-# The public files of Qwen2-VL and Qwen2.5-VL are flat: visual.*, model.*, lm_head.*; newer files say where each part
-# lives in the whole model. Targets use the flat names.
-_NESTED = (("model.visual.", "visual."), ("model.language_model.", "model."))
-
-
-def flat_name(name: str) -> str:
-    """The flat spelling of a tensor's name."""
-    for nested, flat in _NESTED:
-        if name.startswith(nested):
-            return flat + name.removeprefix(nested)
-    return name
 
 
 def load_weights(

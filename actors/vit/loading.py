@@ -19,8 +19,13 @@ from vlmrt.actors.models.registry import family, load_image_processing, load_mod
 from vlmrt.actors.models.vision_tower import VisionTower
 from vlmrt.actors.vit.encoder import Encoder
 from vlmrt.actors.vit.engines.engine import GridThw, Pixels, VisionEngine
+from vlmrt.actors.vit.engines.engine_files import MAX_FRAME_PATCHES, EngineSpec, read_about
+from vlmrt.actors.vit.engines.onnxruntime import OnnxRuntimeSession
+from vlmrt.actors.vit.engines.tensorrt import TensorRtSession
+from vlmrt.actors.vit.engines.tensorrt_flavour import load_flavour
 from vlmrt.actors.vit.engines.torch import TorchEngine
 from vlmrt.actors.vit.engines.tower_graphs import TowerGraphs, patch_counts
+from vlmrt.actors.vit.engines.whole_batch import WholeBatchEngine
 from vlmrt.actors.vit.host_rows import HostRows
 from vlmrt.runtime.actor import ActorContext
 from vlmrt.runtime.config import Config
@@ -30,6 +35,8 @@ from vlmrt.runtime.slab import DTYPE_BYTES, create_slab
 
 GIB = 1 << 30
 TO_LOWER = ("--embedding-cache-gib", "--kv-cache-gib", "the checkpoint's max_pixels")
+WARM_UP_CELLS = 16
+MAX_CPU_CALL_PATCHES = 1024  # more at once are no faster there, and between calls the encoder shows that it moves
 CPU_QUANTUM_S = 0.1  # nobody else waits for the device; it only says how often the encoder shows that it moves
 
 logger = logging.getLogger(__name__)
@@ -52,11 +59,14 @@ def load_encoder(context: ActorContext) -> Encoder:
 def _load(context: ActorContext, tensors: dict[str, int], beside_torch: dict[str, int]) -> Encoder:
     config = context.config
     device = _use_device(context)
+    directory = Path(config.model.directory)
     try:
-        model_config, processing, tower = _load_tower(context, device)
+        model_config, processing = load_model_config(directory), load_image_processing(directory)
+        tower = None if config.parallel.vit_engine != "torch" else _load_tower(context, model_config, device)
     except CheckpointError as error:
         raise StartupError(str(error)) from None
-    tensors["the weights of the ViT"] = parameter_bytes(tower)
+    if tower is not None:
+        tensors["the weights of the ViT"] = parameter_bytes(tower)
     vision = model_config.vision
     slab = create_slab(
         context,
@@ -68,18 +78,78 @@ def _load(context: ActorContext, tensors: dict[str, int], beside_torch: dict[str
     )
     beside_torch["embeddings (--embedding-cache-gib)"] = int(config.memory.embedding_cache_gib * GIB)
     host_rows = HostRows(slab, _num_host_pages(config, vision))
+    engine: VisionEngine[Any]
+    if tower is None:
+        beside_torch[f"{config.parallel.vit_engine} (--vit-engine-gib)"] = int(config.memory.vit_engine_gib * GIB)
+        engine = _other_engine(context, vision, processing, device)
+    else:
+        engine = _torch_engine(context, tower, processing, device)
+    return Encoder(engine, slab, host_rows, ArenaReader(context.open_memory), vision)
+
+
+def _torch_engine(
+    context: ActorContext, tower: VisionTower, processing: ImageProcessing, device: torch.device
+) -> TorchEngine:
+    config = context.config
     quantum_s = config.parallel.vit_quantum_ms / 1e3 if device.type == "cuda" else CPU_QUANTUM_S
     engine = TorchEngine(tower, processing, device, quantum_s)
-    _encode_black(engine, processing, (1, vision.spatial_merge_size, vision.spatial_merge_size))
+    _encode_black(engine, processing, _grid(processing, 1))
     if device.type == "cuda":
-        side = 16 * vision.spatial_merge_size
-        _encode_black(engine, processing, (1, side, side))
+        _encode_black(engine, processing, _grid(processing, WARM_UP_CELLS))
         _reserve_workspace(engine, config, processing, device)
         if config.parallel.dtype != "float32":
             graphs = _record(tower, context)
             engine = TorchEngine(tower, processing, device, quantum_s, graphs)
-            _encode_black(engine, processing, (1, side, side))
-    return Encoder(engine, slab, host_rows, ArenaReader(context.open_memory), vision)
+            _encode_black(engine, processing, _grid(processing, WARM_UP_CELLS))
+    return engine
+
+
+def _other_engine(
+    context: ActorContext, vision: VisionConfig, processing: ImageProcessing, device: torch.device
+) -> WholeBatchEngine:
+    """One whose tower was exported before.  Raises: StartupError if its files or its package will not do."""
+    parallel = context.config.parallel
+    directory = Path(parallel.vit_engine_directory or "")
+    spec = read_about(directory)
+    context.progress(f"loading {spec.format}", 0, 1)
+    session = _open_session(context, directory, spec, device)
+    context.progress(f"loading {spec.format}", 1, 1)
+    max_call_patches = parallel.max_patches_per_batch if device.type == "cuda" else MAX_CPU_CALL_PATCHES
+    dtype: torch.dtype = getattr(torch, parallel.dtype)
+    engine = WholeBatchEngine(session, vision, processing, device, dtype, max_call_patches)
+    _encode_black(engine, processing, _grid(processing, 1))
+    if device.type == "cuda":
+        _reserve_other(engine, context.config, processing, device)
+    return engine
+
+
+def _reserve_other(engine: WholeBatchEngine, config: Config, processing: ImageProcessing, device: torch.device) -> None:
+    """Have the engine take the memory of the largest image, or at least of the largest batch, while there is some.
+
+    Raises: StartupError if it has not enough for that.
+    """
+    side = math.isqrt(config.parallel.max_patches_per_batch) // processing.merge_size
+    batch, largest = _grid(processing, side), _largest_grid(config, processing)
+    engine_gib = config.memory.vit_engine_gib
+    for grid in (batch, largest):
+        try:
+            _encode_black(engine, processing, grid)
+            torch.cuda.synchronize(device)
+        except torch.OutOfMemoryError:
+            problem = f"--vit-engine-gib {engine_gib:g}: too little for {math.prod(grid)} patches"
+            if grid == batch:
+                raise StartupError(f"{problem} of one batch; raise it, or lower --kv-cache-gib") from None
+            logger.warning("%s of one image: such large images will fail", problem)
+            torch.cuda.empty_cache()
+
+
+def _open_session(
+    context: ActorContext, directory: Path, spec: EngineSpec, device: torch.device
+) -> OnnxRuntimeSession | TensorRtSession:
+    config = context.config
+    if spec.format == "tensorrt":
+        return TensorRtSession(load_flavour(), directory, device, spec.max_patches)
+    return OnnxRuntimeSession(directory, device, config.parallel.vit_threads, config.memory.vit_engine_gib)
 
 
 def _use_device(context: ActorContext) -> torch.device:
@@ -92,17 +162,14 @@ def _use_device(context: ActorContext) -> torch.device:
     return device
 
 
-def _load_tower(context: ActorContext, device: torch.device) -> tuple[ModelConfig, ImageProcessing, VisionTower]:
-    directory = Path(context.config.model.directory)
-    model_config = load_model_config(directory)
-    tower = family(model_config.model_type).load_vision(
-        check_weight_files(directory),
+def _load_tower(context: ActorContext, model_config: ModelConfig, device: torch.device) -> VisionTower:
+    return family(model_config.model_type).load_vision(
+        check_weight_files(Path(context.config.model.directory)),
         model_config,
         device,
         getattr(torch, context.config.parallel.dtype),
         partial(context.progress, "loading weights"),
     )
-    return model_config, load_image_processing(directory), tower
 
 
 def _num_pages(option: str, gib: float, config: Config, vision: VisionConfig) -> int:
@@ -119,11 +186,17 @@ def _num_host_pages(config: Config, vision: VisionConfig) -> int:
     return _num_pages("--embedding-host-cache-gib", gib, config, vision) if gib else 0
 
 
+def _grid(processing: ImageProcessing, cells: int) -> GridThw:
+    """Of a square still image with so many merge blocks to a side."""
+    return (1, cells * processing.merge_size, cells * processing.merge_size)
+
+
 def _largest_grid(config: Config, processing: ImageProcessing) -> GridThw:
     """About the patches of a full batch or of the largest image, whichever are more, as one image."""
     patches = max(config.parallel.max_patches_per_batch, processing.max_pixels // processing.patch_size**2)
-    side = math.isqrt(patches) // processing.merge_size * processing.merge_size
-    return (1, max(side, processing.merge_size), max(side, processing.merge_size))
+    if config.parallel.vit_engine != "torch":
+        patches = min(patches, MAX_FRAME_PATCHES)
+    return _grid(processing, max(1, math.isqrt(patches) // processing.merge_size))
 
 
 def _reserve_workspace(

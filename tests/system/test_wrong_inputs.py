@@ -2,152 +2,47 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import shutil
 import socket
-import struct
 import subprocess
-import zlib
+import time
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.pictures import encode, noise
 from tests.system.server import Server, command
+from tests.system.wrong_requests import ONE_PIXEL, WRONG, Wrong, about, data_url
 from vlmrt.tools import demo
 from vlmrt.tools.checkpoint import make_checkpoint
 
-QUESTION = {"type": "text", "text": "What is in the image?"}
+COUNTED = (
+    "vlmrt_images_encoded_total", "vlmrt_step_seconds_count", "vlmrt_prompt_tokens_total",
+    "vlmrt_generation_tokens_total", "vlmrt_images_decoded_total",
+)  # fmt: skip
+SETTLED_S = 1.5  # some heartbeats
 
 
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims this size and has next to no pixels."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
-    )
+def post(server: Server, wrong: Wrong) -> httpx.Response:
+    headers = {"content-type": wrong.content_type} if wrong.content_type else {}
+    return httpx.post(server.url + wrong.route, content=wrong.content, headers=headers, timeout=30)
 
 
-def data_url(data: bytes, mime: str = "image/png") -> str:
-    return f"data:{mime};base64,{base64.b64encode(data).decode()}"
-
-
-def about(url: object) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, QUESTION]}]}
-
-
-def chat(**fields: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": "Hello"}], **fields}
-
-
-GOOD_PNG = encode(noise(60, 60, 1), "PNG", "good").data
-GOOD_JPEG = encode(noise(300, 200, 1), "JPEG", "good").data
-ONE_PIXEL = encode(noise(1, 1, 1), "PNG", "one").data
-
-WRONG: dict[str, dict[str, Any]] = {
-    "broken png": about(data_url(GOOD_PNG[: len(GOOD_PNG) // 2])),
-    "broken jpeg": about(data_url(GOOD_JPEG[: len(GOOD_JPEG) // 3], "image/jpeg")),
-    "flipped bytes": about(data_url(GOOD_PNG[:60] + bytes(200) + GOOD_PNG[260:])),
-    "not an image": about(data_url(b"hello, this is text", "image/png")),
-    "empty image": about(data_url(b"")),
-    "svg": about(data_url(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image/svg+xml")),
-    "huge header dimensions": about(data_url(png_header(100_000, 100_000))),
-    "bomb in one direction": about(data_url(png_header(2_000_000_000, 1))),
-    "zero width": about(data_url(png_header(0, 10))),
-    "1x20000": about(data_url(png_header(1, 20_000))),
-    "20000x1": about(data_url(png_header(20_000, 1))),
-    "header without pixels": about(data_url(png_header(50, 50))),
-    "wrong base64": about("data:image/png;base64,@@@@"),
-    "data url without base64": about("data:image/png,abc"),
-    "data url without comma": about("data:image/png;base64"),
-    "empty url": about(""),
-    "url is null": about(None),
-    "url is a number": about(7),
-    "unknown scheme": about("ftp://example.org/a.png"),
-    "fetching is off": about("http://example.org/a.png"),
-    "private address": about("http://10.0.0.1/a.png"),
-    "loopback address": about("http://127.0.0.1:1/a.png"),
-    "link-local address": about("http://169.254.169.254/latest/meta-data"),
-    "file outside the root": about("file:///etc/passwd"),
-    "file with dots": about("file:///tmp/../etc/passwd"),
-    "unknown model": chat(model="gpt-nothing"),
-    "model is a number": chat(model=5),
-    "no messages": {},
-    "messages empty": {"messages": []},
-    "messages is a string": {"messages": "Hello"},
-    "message without role": {"messages": [{"content": "Hello"}]},
-    "unknown role": {"messages": [{"role": "wizard", "content": "Hello"}]},
-    "unknown part type": {"messages": [{"role": "user", "content": [{"type": "smell", "smell": "rose"}]}]},
-    "audio part": {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]},
-    "video part": {"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "x"}}]}]},
-    "part without its field": {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-    "content is a number": {"messages": [{"role": "user", "content": 3}]},
-    "too long": {"messages": [{"role": "user", "content": "red circle " * 20_000}]},
-    "too many images": {
-        "messages": [{"role": "user", "content": [about(data_url(GOOD_PNG))["messages"][0]["content"][0]] * 65}]
-    },
-    "negative temperature": chat(temperature=-1),
-    "temperature 3": chat(temperature=3),
-    "temperature is a string": chat(temperature="hot"),
-    "top_p 0": chat(top_p=0),
-    "top_p 2": chat(top_p=2),
-    "top_k -5": chat(top_k=-5),
-    "max_tokens 0": chat(max_tokens=0),
-    "max_tokens negative": chat(max_tokens=-3),
-    "max_completion_tokens a float": chat(max_completion_tokens=1.5),
-    "frequency_penalty 5": chat(frequency_penalty=5),
-    "presence_penalty -5": chat(presence_penalty=-5),
-    "repetition_penalty 0": chat(repetition_penalty=0),
-    "stop with 100 strings": chat(stop=["x"] * 100),
-    "stop is a number": chat(stop=4),
-    "seed is a string": chat(seed="luck"),
-    "seed beyond int64": chat(seed=2**70),
-    "n 0": chat(n=0),
-    "stream is a string": chat(stream="yes"),
-    "stream_options is a list": chat(stream=True, stream_options=[]),
-    "logprobs is a number": chat(logprobs=3),
-    "response_format unknown": chat(response_format={"type": "poem"}),
-    "tools not a list": chat(tools="hammer"),
-}
+def test_the_table_is_long_enough() -> None:
+    assert len(WRONG) >= 200
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_request_is_refused_clearly(name: str, demo_server: Server) -> None:
-    body = {"model": "model", **WRONG[name]}
-    answer = httpx.post(f"{demo_server.url}/v1/chat/completions", json=body, timeout=30)
-    assert 400 <= answer.status_code < 500, answer.text
+    answer = post(demo_server, WRONG[name])
+    assert answer.status_code == WRONG[name].status, answer.text
+    assert set(answer.json()) == {"error"}
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert 10 < len(error["message"]) < 500
     assert "Traceback" not in error["message"]
-
-
-@pytest.mark.parametrize(
-    ("content", "content_type", "status"),
-    [
-        (b"{", "application/json", 400),
-        (b"", "application/json", 400),
-        (b"[1, 2]", "application/json", 400),
-        (b'{"messages": ' + b"[" * 100_000, "application/json", 400),
-        (b"\xff\xfe", "application/json", 400),
-        (b"messages=hello", "application/x-www-form-urlencoded", 415),
-        (b'{"pad": "' + b"x" * (65 << 20) + b'"}', "application/json", 413),
-    ],
-    ids=["cut", "empty", "a list", "deep", "not utf-8", "a form", "too large"],
-)
-def test_a_wrong_body_is_refused_clearly(content: bytes, content_type: str, status: int, demo_server: Server) -> None:
-    answer = httpx.post(
-        f"{demo_server.url}/v1/chat/completions", content=content, headers={"content-type": content_type}, timeout=30
-    )
-    assert answer.status_code == status, answer.text
-    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 
 def test_a_picture_of_one_pixel_is_answered(demo_server: Server) -> None:
@@ -157,13 +52,34 @@ def test_a_picture_of_one_pixel_is_answered(demo_server: Server) -> None:
     assert answer.status_code == 200, answer.text
 
 
-def test_all_actors_outlive_every_wrong_request(demo_server: Server) -> None:
-    before = {actor.name: actor.process.pid for actor in demo_server.actors()}
-    for body in WRONG.values():
-        httpx.post(f"{demo_server.url}/v1/chat/completions", json={"model": "model", **body}, timeout=30)
-    assert {actor.name: actor.process.pid for actor in demo_server.actors()} == before
+def counters(server: Server) -> dict[str, float]:
+    """What was counted, once nothing is any more: an actor tells its figures with its heartbeat."""
+    last: dict[str, float] = {}
+    unchanged_since_s = 0.0
+
+    def settled() -> bool:
+        nonlocal last, unchanged_since_s
+        found = server.metrics()
+        figures = {name: found.get(name, 0) for name in COUNTED}
+        if figures != last:
+            last, unchanged_since_s = figures, time.monotonic()
+        return time.monotonic() - unchanged_since_s > SETTLED_S
+
+    server.wait_until(settled, "the end of all work")
+    return last
+
+
+def test_wrong_requests_cost_no_step_and_all_actors_outlive_them(demo_server: Server) -> None:
+    """A sound header with a broken body costs one decode."""
+    actors = {actor.name: actor.process.pid for actor in demo_server.actors()}
+    before = counters(demo_server)
+    for wrong in WRONG.values():
+        post(demo_server, wrong)
+    spent = {name: value - before[name] for name, value in counters(demo_server).items()}
+    assert spent.pop("vlmrt_images_decoded_total") <= sum(wrong.num_decodes for wrong in WRONG.values())
+    assert set(spent.values()) == {0}, spent
+    assert {actor.name: actor.process.pid for actor in demo_server.actors()} == actors
     assert demo_server.metrics()["vlmrt_requests_running"] == 0
-    assert demo_server.chat("Hello", max_tokens=8).choices[0].message.content
 
 
 # ---------------------------------------------------------------- start-up

@@ -16,8 +16,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from vlmrt.actors.models.checkpoint_files import flat_name
 from vlmrt.actors.models.registry import load_model_config
-from vlmrt.actors.models.weights import flat_name
 from vlmrt.tools.checkpoint import PRESETS, make_checkpoint
 from vlmrt.tools.checkpoint.__main__ import main
 from vlmrt.tools.checkpoint.make import is_norm_weight, tensor_shapes

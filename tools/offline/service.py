@@ -24,6 +24,7 @@ from vlmrt.tools.cli import build_parser
 from vlmrt.tools.devices import num_cuda_devices
 from vlmrt.tools.launch import build_config
 from vlmrt.tools.offline.reports import Loading, Report, ServiceFailed, ServiceNews, ServiceReady, encode_report
+from vlmrt.tools.vit_engines import build_engine_files
 
 # One user, who waits for the end and knows what is sent: nothing here is refused or cut because others wait.
 REQUEST_TIMEOUT_S = 30 * 24 * 3600.0
@@ -83,6 +84,7 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         config = private_config(build_config(options)[0])
+        build_engine_files(config)
         return asyncio.run(_serve(config, report.of(config), parent_pid))
     except (StartupError, CheckpointError) as error:
         report.failed(str(error))

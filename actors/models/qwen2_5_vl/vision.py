@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from vlmrt.actors.models.config import VisionConfig
 from vlmrt.actors.models.layers import Linear, Norm, Target, whole
 from vlmrt.actors.models.vision_tower import NORM_EPS, ResidualLinear, VisionAttention, VisionTower, shifted_norm
+from vlmrt.kernels.segment_rows import SegmentRows
 from vlmrt.kernels.silu_and_mul import silu_and_mul
 from vlmrt.kernels.vision_attention import Segments
 
@@ -30,7 +31,7 @@ class Qwen25VisionBlock(nn.Module):
             for parameter in (*self.gate_up_proj.parameters(), self.down_proj.weight):
                 parameter.zero_()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments, shifts: Tensor) -> None:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments | SegmentRows, shifts: Tensor) -> None:
         self.attn(shifted_norm(x, shifts[0], self.norm1), cos, sin, segments, x)
         self.mlp(shifted_norm(x, shifts[1], self.norm2), x)
 

@@ -10,6 +10,7 @@ from vlmrt.actors.models.config import VisionConfig
 from vlmrt.actors.models.layers import Linear, Norm, Target, whole
 from vlmrt.actors.models.vision_tower import NORM_EPS, ResidualLinear, VisionAttention, VisionTower, shifted_norm
 from vlmrt.kernels.gelu_linear import quick_gelu_linear
+from vlmrt.kernels.segment_rows import SegmentRows
 from vlmrt.kernels.vision_attention import Segments
 
 
@@ -23,7 +24,7 @@ class Qwen2VisionBlock(nn.Module):
         self.fc1 = Linear(config.embed_dim, config.intermediate_size, True, dtype, device)
         self.fc2 = ResidualLinear(config.intermediate_size, config.embed_dim, dtype, device)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments, shifts: Tensor) -> None:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments | SegmentRows, shifts: Tensor) -> None:
         self.attn(shifted_norm(x, shifts[0], self.norm1), cos, sin, segments, x)
         self.mlp(shifted_norm(x, shifts[1], self.norm2), x)
 

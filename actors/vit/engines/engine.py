@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -31,3 +32,13 @@ class VisionEngine(Protocol[Run]):
     def rows(self, run: Run) -> Tensor:
         """[sum of t * h * w / merge_size**2, out_hidden_size], images in order, of a run whose layers are done."""
         ...
+
+
+def pixels_on(device: torch.device, images: Sequence[Pixels]) -> list[Tensor]:
+    """One copy of them all: the arena's pixels are read-only and leave with the answer."""
+    sizes = [image.size for image in images]
+    staged = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for place, image in zip(staged.split(sizes), images, strict=True):  # type: ignore[no-untyped-call]
+        np.copyto(place.numpy().reshape(image.shape), image)
+    places = staged.to(device, non_blocking=True).split(sizes)  # type: ignore[no-untyped-call]
+    return [place.view(image.shape) for place, image in zip(places, images, strict=True)]

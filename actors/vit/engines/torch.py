@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 import msgspec
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vlmrt.actors.models.config import ImageProcessing
 from vlmrt.actors.models.vision_tower import VisionState, VisionTower
-from vlmrt.actors.vit.engines.engine import GridThw, Pixels
+from vlmrt.actors.vit.engines.engine import GridThw, Pixels, pixels_on
 from vlmrt.actors.vit.engines.tower_graphs import Recorded, TowerGraphs
 from vlmrt.kernels.patchify import patchify
 
@@ -79,7 +78,7 @@ class TorchEngine:
 
     def prepare(self, images: Sequence[Pixels], grids: Sequence[GridThw]) -> TorchRun:
         with torch.inference_mode():
-            frames = self._on_device(images)
+            frames = pixels_on(self._device, images)
             embedded = [self._embed(list(run), still) for still, run in groupby(frames, lambda image: len(image) == 1)]
             state = self._tower.lay_out(embedded[0] if len(embedded) == 1 else torch.cat(embedded), grids)
         recorded = None if self._graphs is None else self._graphs.find(state)
@@ -120,12 +119,3 @@ class TorchEngine:
         if still:
             return F.linear(patchify(frames, self._still, dtype), self._patch_embed_still)
         return self._tower.embed(patchify(frames, self._processing, dtype))
-
-    def _on_device(self, images: Sequence[Pixels]) -> list[Tensor]:
-        """One copy of them all: the arena's pixels are read-only and leave with the answer."""
-        sizes = [image.size for image in images]
-        staged = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-        for place, image in zip(staged.split(sizes), images, strict=True):  # type: ignore[no-untyped-call]
-            np.copyto(place.numpy().reshape(image.shape), image)
-        places = staged.to(self._device, non_blocking=True).split(sizes)  # type: ignore[no-untyped-call]
-        return [place.view(image.shape) for place, image in zip(places, images, strict=True)]

@@ -78,6 +78,11 @@ def parsed(body: bytes) -> list[Any]:
     return events
 
 
+def text_block(text: str) -> dict[str, Any]:
+    """As answers have it."""
+    return {"type": "text", "text": text, "citations": None}
+
+
 async def test_an_answer_has_its_blocks_its_reason_and_its_usage(edge: RunningEdge) -> None:
     answer = await message(edge)
     usage = answer.pop("usage")
@@ -86,9 +91,11 @@ async def test_an_answer_has_its_blocks_its_reason_and_its_usage(edge: RunningEd
         "type": "message",
         "role": "assistant",
         "model": "test-model",
-        "content": [{"type": "text", "text": TEXT}],
+        "content": [text_block(TEXT)],
         "stop_reason": "end_turn",
         "stop_sequence": None,
+        "stop_details": None,
+        "container": None,
     }
     assert usage["output_tokens"] == len(edge.ids(TEXT))
     assert usage["input_tokens"] > 0
@@ -108,7 +115,7 @@ async def test_the_reasons_of_an_end_are_told_apart(edge: RunningEdge) -> None:
     assert (await message(edge, finish_reason="length"))["stop_reason"] == "max_tokens"
     stopped = await message(edge, stop_sequences=["never", " red"])
     assert (stopped["stop_reason"], stopped["stop_sequence"]) == ("stop_sequence", " red")
-    assert stopped["content"] == [{"type": "text", "text": "There are two"}]
+    assert stopped["content"] == [text_block("There are two")]
 
 
 async def test_an_answer_of_nothing_has_no_blocks(edge: RunningEdge) -> None:
@@ -135,7 +142,7 @@ async def test_a_stream_has_every_event_in_its_place(edge: RunningEdge) -> None:
     assert "".join(deltas) == TEXT
     start, end = events[0]["message"], events[-2]
     assert (start["content"], start["stop_reason"], start["usage"]["output_tokens"]) == ([], None, 1)
-    assert events[2] == {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
+    assert events[2] == {"type": "content_block_start", "index": 0, "content_block": text_block("")}
     assert end["delta"] == {"stop_reason": "end_turn", "stop_sequence": None}
     assert end["usage"]["output_tokens"] == len(edge.ids(TEXT))
 
@@ -258,9 +265,10 @@ CHAT_WEATHER = {
 async def test_calls_are_blocks_of_their_own(edge: RunningEdge) -> None:
     answer = await message(edge, f"Let me see.\n{CALL}\n{CALL}", tools=[WEATHER])
     text, first, second = answer["content"]
-    assert text == {"type": "text", "text": "Let me see."}
+    assert text == text_block("Let me see.")
     assert first.pop("id") != second.pop("id")
-    assert first == second == {"type": "tool_use", "name": "get_weather", "input": {"town": "Köln"}}
+    called = {"type": "tool_use", "name": "get_weather", "input": {"town": "Köln"}, "caller": {"type": "direct"}}
+    assert first == second == called
     assert answer["stop_reason"] == "tool_use"
 
 
