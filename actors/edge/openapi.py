@@ -48,7 +48,7 @@ STATUSES = {
     408: "The body stopped coming",
     413: "The body is too large",
     415: "The body is not JSON, or is compressed",
-    429: "Too many requests wait, or hold pictures; try again",
+    429: "Too many requests wait, or hold media; try again",
     500: "A defect of the server",
     503: "The service is starting, restarting or shutting down; try again",
     504: "The request took too long",
@@ -87,7 +87,7 @@ OPERATIONS = (
     Operation(
         method="post",
         path="/v1/chat/completions",
-        summary="Answer a conversation with pictures",
+        summary="Answer a conversation with pictures and videos",
         body=ChatRequest,
         answer=ChatCompletion,
         events="`data:` lines, each with a chat.completion.chunk; an error is one with `error`; the last is [DONE]",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests.clips import make_clip
 from tests.system.server import Server, launch
 
 ROOT = Path(__file__).parents[2]
@@ -105,7 +107,7 @@ print(f"{len(tokens)} requests, {sum(tokens)} tokens, {len(tokens) / took:.2f} r
 
 
 class Place(NamedTuple):
-    """A server that may fetch pictures, and where those pictures are."""
+    """A server that may fetch media, and where those are."""
 
     server: Server
     pictures: str
@@ -118,9 +120,12 @@ class Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """The pictures of the README by HTTP from this machine, whose address is allowed."""
-    root = tmp_path_factory.mktemp("r", numbered=True)
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(ROOT / "docs"))) as pictures:
+    """The pictures of the README and a clip by HTTP from this machine, whose address is allowed."""
+    root, files = (tmp_path_factory.mktemp(name, numbered=True) for name in ("r", "files"))
+    for picture in (ROOT / "docs").glob("*.png"):
+        shutil.copy(picture, files)
+    (files / "clip.mp4").write_bytes(make_clip())
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(files))) as pictures:
         thread = threading.Thread(target=pictures.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         address = f"127.0.0.1:{pictures.server_port}"
@@ -147,14 +152,11 @@ def test_two_images_are_compared_in_a_stream(place: Place, tmp_path: Path) -> No
     assert "square" in done.stdout
 
 
-def test_a_video_is_refused_cleanly(place: Place, tmp_path: Path) -> None:
-    """Until the server can see clips: status 400, before a stream begins, by the client's own exception."""
+def test_a_video_is_described_in_a_stream(place: Place, tmp_path: Path) -> None:
     done = run(VIDEO, place, tmp_path)
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("openai.BadRequestError: Error code: 400")
-    assert "messages[0].content[1].type: video is not supported yet" in last
-    assert done.stdout == ""
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    place.server.wait_until(lambda: place.server.metrics().get("vlmrt_videos_total") == 1, "the clip in the metrics")
 
 
 @pytest.mark.timeout(300)
