@@ -20,7 +20,7 @@ from vlmrt.runtime.messages import ActorName, Epoch
 
 SEND_BOUND = 1024  # messages; the second bound is the receiver's
 RECEIVE_BOUND = 1024
-MAX_FRAME_BYTES = 256 << 20
+MAX_FRAME_BYTES = 264 << 20  # a clip of 256 MiB, and what is said of it; a channel that is sent more breaks
 MAX_SOCKET_PATH_BYTES = 79  # sun_path holds 108; containers and test folders prefix paths, so we stay well below
 MIN_ZEROMQ = (4, 3, 5)
 _FRAMES_PER_WAKE = 64  # then other callbacks of the loop get their turn

@@ -47,6 +47,7 @@ from vlmrt.tools.vit_engines import build_engine_files, engine_directory
 MAX_DEFAULT_MODEL_LEN = 32768
 DEFAULT_EMBEDDING_CACHE_GIB = {"cpu": 0.25, "cuda": 2.0}
 CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+MAX_VIDEO_MIB = 256  # what a message between processes holds
 GIB = 1 << 30
 MIB = 1 << 20
 
@@ -96,6 +97,8 @@ def build_config(arguments: argparse.Namespace) -> tuple[Config, ModelConfig]:
     check_tensor_parallel(model, arguments.tp)
     check_weight_files(directory)
     check_texts(directory, arguments.chat_template)
+    if arguments.max_video_mib > MAX_VIDEO_MIB:
+        raise StartupError(f"--max-video-mib {arguments.max_video_mib}: at most {MAX_VIDEO_MIB}")
     device, dtype = resolve_device(arguments.device, arguments.dtype, arguments.tp, model)
     config = Config(
         model=model_options(arguments, directory, model),

@@ -101,9 +101,10 @@ class LaunchReport:
             f"prefix caching {'on' if limits.prefix_caching else 'off'}",
             *self._host_tiers(),
             f"  limits     {limits.max_num_seqs} running, {limits.max_waiting} waiting, "
-            f"{server.limit_images} images per request, {server.max_body_mib} MiB per body",
+            f"{server.limit_images} images and {config.video.limit_videos} videos per request, "
+            f"{server.max_body_mib} MiB per body",
             f"  sampling   {self._sampling()}",
-            f"  pictures   data URLs; http(s) {fetching}; files {server.allowed_media_root or 'off'}",
+            f"  media      data URLs; http(s) {fetching}; files {server.allowed_media_root or 'off'}",
             f"  API key    {self._keys()}",
         ]
         if self._sharing:

@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from vlmrt.actors.edge.identify import IdentifiedClip, IdentifiedImage, SentMedium
 from vlmrt.runtime.errors import RequestError
-from vlmrt.runtime.messages import Epoch, FrameGroup, MmHash, RequestId, TokenOutput
+from vlmrt.runtime.messages import ActorName, Epoch, FrameGroup, MmHash, RequestId, TokenOutput
 
 MAX_QUEUED_TOKENS = 65536  # of one request whose client does not read
 RETRY_AFTER_S = 1
@@ -64,6 +64,9 @@ class MediaLease:
         self.held_bytes -= num_bytes
 
 
+ClipKey = tuple[RequestId, MmHash, ActorName, Epoch]  # the first group of a request's clip, for this media worker
+
+
 class ClipGroup(Struct, frozen=True):
     """One temporal group of a clip, which may be asked for by itself."""
 
@@ -81,6 +84,7 @@ class OpenRequest:
         self.request_id = request_id
         self.epoch = epoch  # of the scheduler that has it
         self.media = _by_hash(media)
+        self.handed_out: set[ClipKey] = set()
         self.ended = False  # by the scheduler, by an Abort, or because the scheduler died: no Abort is due
         self.error: RequestError | None = None
         self._news = news

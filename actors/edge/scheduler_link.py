@@ -11,7 +11,7 @@ from typing import assert_never
 from msgspec import Struct
 
 from vlmrt.actors.edge.identify import IdentifiedClip, IdentifiedImage, SentMedium
-from vlmrt.actors.edge.open_requests import RETRY_AFTER_S, OpenRequest
+from vlmrt.actors.edge.open_requests import RETRY_AFTER_S, ClipKey, OpenRequest
 from vlmrt.runtime.actor import Outbox
 from vlmrt.runtime.errors import ChannelFull, RequestError
 from vlmrt.runtime.messages import (
@@ -43,6 +43,7 @@ from vlmrt.runtime.messages import (
 
 MEDIA_RETRY_S = 0.05  # a full media worker is reported to the scheduler after this long
 GATHER_S = 0.002  # for more groups of a clip: the scheduler asks for all it wants in one turn
+REPEAT_BYTES_PER_S = 100e6  # of a clip that a worker has had already: later groups are asked for one by one
 MAX_UNSENT = 65536
 RESET_TIMEOUT_S = 10.0
 
@@ -88,7 +89,7 @@ class SchedulerLink:
         self._open: dict[RequestId, OpenRequest] = {}
         self._asked: dict[int, asyncio.Future[MediaFound | CacheReset]] = {}  # lookups that hold, resets under way
         self._num_asked = 0
-        self._wanted: dict[tuple[RequestId, MmHash, ActorName, Epoch], _Wanted] = {}  # by the clip's first group
+        self._wanted: dict[ClipKey, _Wanted] = {}
         self._unsent: list[Abort | MediaUnsent | ForgetLookUp] = []
         self._closed = False
         self._none_open = asyncio.Event()
@@ -295,14 +296,16 @@ class SchedulerLink:
             wanted = self._wanted.get(key)
             if wanted is None:
                 wanted = self._wanted[key] = _Wanted(request, need, medium.clip, [])
-                asyncio.get_running_loop().call_later(GATHER_S, self._hand_out_groups, key)
+                repeat_s = len(medium.clip.encoded) / REPEAT_BYTES_PER_S if key in request.handed_out else 0.0
+                asyncio.get_running_loop().call_later(GATHER_S + repeat_s, self._hand_out_groups, key)
             wanted.groups.append(medium.group)
 
-    def _hand_out_groups(self, key: tuple[RequestId, MmHash, ActorName, Epoch]) -> None:
+    def _hand_out_groups(self, key: ClipKey) -> None:
         wanted = self._wanted.pop(key)
         clip, request = wanted.clip, wanted.request
         if self._open.get(request.request_id) is not request:
             return  # the scheduler hears of its end
+        request.handed_out.add(key)
         groups = tuple(wanted.groups)
         decode = DecodeFrames(clip.encoded, clip.size, clip.target_size, groups, request.epoch)
         self._send_media(wanted.need, decode, tuple(group.mm_hash for group in groups))

@@ -23,6 +23,10 @@ class EngineOptions(TypedDict, total=False):
     dtype: Literal["auto", "float32", "bfloat16"]
     num_vits: int | None
     media_workers: int
+    video_reader: Literal["auto", "decord", "av"]
+    vit_engine: Literal["torch", "onnxruntime", "tensorrt"]
+    engine_cache: str | os.PathLike[str] | None
+    vit_engine_gib: float
     llm_threads: int | None
     vit_threads: int
     vit_quantum_ms: float
@@ -34,6 +38,7 @@ class EngineOptions(TypedDict, total=False):
     embedding_cache_gib: float | None
     embedding_host_cache_gib: float | None
     pixel_arena_mib: int
+    media_worker_mib: int
     gpu_memory_fraction: float
     no_prefix_caching: bool
     no_embedding_caching: bool
@@ -42,7 +47,11 @@ class EngineOptions(TypedDict, total=False):
     itl_target_ms: float | None
     max_num_batched_tokens: int | None
     limit_images: int
+    limit_videos: int
     max_pixels: int
+    max_video_mib: int
+    max_video_s: float
+    max_video_frames: int
     allowed_media_domains: Sequence[str]
     allowed_media_root: str | os.PathLike[str] | None
     log_level: Literal["debug", "info", "warning", "error"]

@@ -23,6 +23,7 @@ from vlmrt.actors.edge.media_policy import MediaPolicy, RefusedUrl, is_public
 from vlmrt.actors.edge.open_requests import MediaBudget, MediaLease
 from vlmrt.runtime.config import ServerOptions
 from vlmrt.runtime.errors import RequestError, StartupError
+from vlmrt.runtime.frame_list import pack_frames
 
 DATA = bytes(range(256)) * 40
 
@@ -49,6 +50,25 @@ TEXT = base64.b64encode(DATA).decode()
 )
 def test_data_urls_are_read_as_clients_write_them(url: str) -> None:
     assert decode_data_url(url) == DATA
+
+
+@pytest.mark.parametrize("kind", ["video/mp4", "VIDEO/WebM", "application/octet-stream", ""])
+def test_data_urls_of_videos_are_read_as_such(kind: str) -> None:
+    assert decode_data_url(f"data:{kind};base64,{TEXT}", "video") == DATA
+    for wrong in ("image/png", "text/plain", "audio/mp4"):
+        with pytest.raises(RefusedUrl, match=r"video/\*"):
+            decode_data_url(f"data:{wrong};base64,{TEXT}", "video")
+
+
+def test_frames_in_a_data_url_become_one_piece_of_bytes() -> None:
+    frames = [DATA, DATA[:100], b"x"]
+    text = ",".join(base64.b64encode(frame).decode() for frame in frames)
+    assert decode_data_url(f"data:video/jpeg;base64,{text}", "video") == pack_frames(frames)
+    for broken in (f"{text},", f",{text}", f"{text},a!b", ""):
+        with pytest.raises(RefusedUrl):
+            decode_data_url(f"data:video/jpeg;base64,{broken}", "video")
+    with pytest.raises(RefusedUrl):
+        decode_data_url(f"data:video/mp4;base64,{text}", "video")
 
 
 @pytest.mark.parametrize(

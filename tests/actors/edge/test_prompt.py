@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from vlmrt.actors.edge.chat_template import ChatTemplate, TemplateOptions, load_chat_template
-from vlmrt.actors.edge.identify import IdentifiedImage
+from vlmrt.actors.edge.identify import IdentifiedClip, IdentifiedImage, PromptMedium
 from vlmrt.actors.edge.prompt import PromptBuilder, load_prompt_builder
 from vlmrt.actors.models.registry import load_model_config
 from vlmrt.actors.models.rope_index import MediaSpan, mrope_positions
 from vlmrt.runtime.errors import RequestError, StartupError
-from vlmrt.runtime.messages import MmHash
+from vlmrt.runtime.messages import FrameGroup, MmHash
 from vlmrt.tools.checkpoint import make_checkpoint
 
 PRESETS = ("test-qwen2-vl", "test-qwen2.5-vl")
@@ -80,6 +80,7 @@ def text(value: str) -> dict[str, str]:
 
 
 IMAGE = {"type": "image"}
+VIDEO = {"type": "video"}
 
 
 def image(num_tokens: int, name: str = "hash") -> IdentifiedImage:
@@ -89,6 +90,7 @@ def image(num_tokens: int, name: str = "hash") -> IdentifiedImage:
 CONVERSATIONS: tuple[list[dict[str, Any]], ...] = (
     *(user(value) for value in TEXTS),
     *(user([text(value), IMAGE, text(value)]) for value in TEXTS),
+    user([VIDEO, text("between"), IMAGE, VIDEO]),
     [{"role": "system", "content": "Be brief."}, *user("Hello")],
     [{"role": "system", "content": [text("Be"), text(" brief.")]}, *user("Hello")],
     [*user([IMAGE, IMAGE, text("Two.")]), {"role": "assistant", "content": "Yes."}, *user([text("And?"), IMAGE])],
@@ -255,6 +257,46 @@ def test_placeholders_become_spans(builder: PromptBuilder) -> None:
     spans = [MediaSpan(item.start, item.num_tokens, item.grid_thw) for item in prompt.media]
     positions = mrope_positions(0, len(prompt.token_ids), spans, len(prompt.token_ids), 0, 2)
     assert prompt.rope_delta == positions.max() + 1 - len(prompt.token_ids)
+
+
+def clip(num_groups: int, num_tokens: int, seconds: int) -> IdentifiedClip:
+    return IdentifiedClip(
+        b"",
+        (28, 28),
+        (28, 28),
+        tuple(FrameGroup(MmHash(f"group{index}"), (2 * index, 2 * index + 1)) for index in range(num_groups)),
+        (1, 2, num_tokens * 2),
+        num_tokens,
+        tuple(index * seconds for index in range(num_groups)),
+    )
+
+
+@pytest.mark.parametrize("seconds", [0, 1, 50])
+def test_the_placeholder_of_a_clip_becomes_its_groups(seconds: int, builder: PromptBuilder) -> None:
+    ids = builder.encode(user([VIDEO, text("a"), IMAGE, VIDEO]))
+    prompt = builder.expand(ids, [clip(3, 4, seconds), image(6), clip(2, 5, seconds)])
+    assert len(prompt.token_ids) == len(ids) + 12 + 6 + 10 - 3
+    assert (prompt.num_image_tokens, prompt.num_video_tokens) == (6, 22)
+    pads = {name: builder.tokenizer.token_to_id(f"<|{name}_pad|>") for name in ("image", "video")}
+    assert prompt.token_ids.count(pads["image"]) == 6
+    assert prompt.token_ids.count(pads["video"]) == 22
+    assert [item.continues for item in prompt.media] == [False, True, True, False, False, True]
+    assert [item.time_offset for item in prompt.media] == [0, seconds, 2 * seconds, 0, 0, seconds]
+    spans = [
+        MediaSpan(item.start, item.num_tokens, item.grid_thw, item.time_offset, item.continues) for item in prompt.media
+    ]
+    positions = mrope_positions(0, len(prompt.token_ids), spans, len(prompt.token_ids), 0, 2)
+    assert prompt.rope_delta == positions.max() + 1 - len(prompt.token_ids)
+
+
+def test_placeholders_of_another_kind_are_an_error(builder: PromptBuilder) -> None:
+    ids = builder.encode(user([VIDEO, IMAGE]))
+    wrong: list[list[PromptMedium]] = [[image(4), clip(1, 4, 1)], [clip(1, 4, 1)], [image(4), image(4)]]
+    for media in wrong:
+        with pytest.raises(RequestError) as refused:
+            builder.expand(ids, media)
+        assert (refused.value.status, refused.value.code) == (400, "placeholder_mismatch")
+        assert "1 images and 1 videos" in refused.value.message
 
 
 def test_a_template_without_places_for_pictures_is_an_error(builder: PromptBuilder) -> None:

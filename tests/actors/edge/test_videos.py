@@ -18,6 +18,7 @@ from tests.actors.edge.test_wrong_requests import JSON, ROUTE, Wrong, check_refu
 from tests.clips import make_clip
 from tests.pictures import picture
 from tests.support import peer_down, peer_up
+from vlmrt.actors.edge import scheduler_link
 from vlmrt.actors.models.qwen2_vl.video import frame_choice, plan_clip
 from vlmrt.actors.models.registry import load_video_processing
 from vlmrt.runtime.config import VideoOptions
@@ -239,6 +240,27 @@ async def test_groups_asked_for_together_go_to_the_worker_as_one(edge: RunningEd
         _, again = await edge.context.outbox.next()
         assert isinstance(again, DecodeFrames)
         assert len(again.groups) == 1
+    await edge.aborted()
+
+
+async def test_a_large_clip_is_not_sent_again_for_every_single_group(
+    edge: RunningEdge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler_link, "REPEAT_BYTES_PER_S", len(CLIP) / 0.1)
+    async with asked(edge, about(video(fps=2))):
+        await probed(edge)
+        submit = await edge.submitted()
+        for item in submit.media[:2]:
+            await edge.actor.handle(NeedMedia(submit.request_id, item.mm_hash, MEDIA, Epoch(1)), SCHEDULER)
+            await asyncio.sleep(0.02)
+        for item in submit.media[2:]:
+            await edge.actor.handle(NeedMedia(submit.request_id, item.mm_hash, MEDIA, Epoch(1)), SCHEDULER)
+            await asyncio.sleep(0.02)
+        sent = [(await edge.context.outbox.next()).message for _ in range(2)]
+        assert [len(message.groups) for message in sent if isinstance(message, DecodeFrames)] == [1, 3]
+        other = NeedMedia(submit.request_id, submit.media[0].mm_hash, ActorName("media:1"), Epoch(1))
+        await edge.actor.handle(other, SCHEDULER)
+        assert (await edge.context.outbox.next(0.09)).peer == "media:1"
     await edge.aborted()
 
 
