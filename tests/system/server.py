@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 READY = re.compile(r"http://[\w.:\[\]]+:(\d+)")
 SHARED_MEMORY = Path("/dev/shm")
+SETTLED_S = 2.5  # longer than an actor takes to tell its figures, and the edge to show them
 
 
 class ActorProcess(NamedTuple):
@@ -82,6 +83,22 @@ class Server:
             assert waited < deadline_s, f"{what} did not come true in {deadline_s} s: {''.join(self.output)}"
             time.sleep(0.02)
         return time.monotonic() - began
+
+    def counted(self, names: Sequence[str]) -> dict[str, float]:
+        """Figures, once nothing is added to them any more: an actor tells its own with its heartbeat."""
+        last: dict[str, float] = {}
+        unchanged_since_s = 0.0
+
+        def settled() -> bool:
+            nonlocal last, unchanged_since_s
+            found = self.metrics()
+            figures = {name: found.get(name, 0) for name in names}
+            if figures != last:
+                last, unchanged_since_s = figures, time.monotonic()
+            return time.monotonic() - unchanged_since_s > SETTLED_S
+
+        self.wait_until(settled, "the end of all work")
+        return last
 
     def wait_until_restarted(self, name: str, old_pid: int) -> float:
         """Until a new process of that name runs and the service is healthy again."""

@@ -6,7 +6,6 @@ import json
 import shutil
 import socket
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ COUNTED = (
     "vlmrt_images_encoded_total", "vlmrt_step_seconds_count", "vlmrt_prompt_tokens_total",
     "vlmrt_generation_tokens_total", "vlmrt_images_decoded_total",
 )  # fmt: skip
-SETTLED_S = 1.5  # some heartbeats
 
 
 def post(server: Server, wrong: Wrong) -> httpx.Response:
@@ -52,30 +50,13 @@ def test_a_picture_of_one_pixel_is_answered(demo_server: Server) -> None:
     assert answer.status_code == 200, answer.text
 
 
-def counters(server: Server) -> dict[str, float]:
-    """What was counted, once nothing is any more: an actor tells its figures with its heartbeat."""
-    last: dict[str, float] = {}
-    unchanged_since_s = 0.0
-
-    def settled() -> bool:
-        nonlocal last, unchanged_since_s
-        found = server.metrics()
-        figures = {name: found.get(name, 0) for name in COUNTED}
-        if figures != last:
-            last, unchanged_since_s = figures, time.monotonic()
-        return time.monotonic() - unchanged_since_s > SETTLED_S
-
-    server.wait_until(settled, "the end of all work")
-    return last
-
-
 def test_wrong_requests_cost_no_step_and_all_actors_outlive_them(demo_server: Server) -> None:
     """A sound header with a broken body costs one decode."""
     actors = {actor.name: actor.process.pid for actor in demo_server.actors()}
-    before = counters(demo_server)
+    before = demo_server.counted(COUNTED)
     for wrong in WRONG.values():
         post(demo_server, wrong)
-    spent = {name: value - before[name] for name, value in counters(demo_server).items()}
+    spent = {name: value - before[name] for name, value in demo_server.counted(COUNTED).items()}
     assert spent.pop("vlmrt_images_decoded_total") <= sum(wrong.num_decodes for wrong in WRONG.values())
     assert set(spent.values()) == {0}, spent
     assert {actor.name: actor.process.pid for actor in demo_server.actors()} == actors
