@@ -7,7 +7,7 @@ import { Composer } from "./composer.js";
 import { Conversation, chatRequest } from "./conversation.js";
 import { byId } from "./dom.js";
 import { forget, notice } from "./notices.js";
-import { bytes, count } from "./numbers.js";
+import { bytes } from "./numbers.js";
 import { ServerError, Stopped } from "./server.js";
 import { WrongSetting } from "./settings.js";
 import { Transcript } from "./transcript.js";
@@ -209,10 +209,10 @@ export class Chat {
     else console.error(error); // a defect of the page
   }
 
-  #tell({ text, state, failure, figures }) {
+  #tell({ text, state, failure }) {
     if (failure) announce(`No whole answer: ${failure.message}`);
     else if (state === "stopped") announce(`Stopped. ${text}`);
-    else announce(`Answer: ${text || "nothing"}. ${figures?.tokens ? count(figures.tokens, "token") : ""}`);
+    else announce(text ? `Answer: ${text}` : "The answer is empty.");
   }
 }
 

@@ -37,7 +37,9 @@ export class Settings {
     this.#toggle.addEventListener("click", () => this.open(this.#panel.hidden));
     byId("settings-close").addEventListener("click", () => this.open(false));
     this.#panel.addEventListener("keydown", (event) => {
-      if (event.key === "Escape") this.open(false);
+      if (event.key !== "Escape") return;
+      event.preventDefault(); // it is not meant for an answer that is being written
+      this.open(false);
     });
     this.#narrow.addEventListener("change", () => this.#cover());
     this.#form.addEventListener("submit", (event) => event.preventDefault());

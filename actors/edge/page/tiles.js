@@ -3,9 +3,9 @@
 import { byId, element, icon, iconButton } from "./dom.js";
 import { bytes } from "./numbers.js";
 
-/** A list item that shows an attachment; with onRemove it can be taken away. */
+/** A list item that shows an attachment; with onRemove it can be taken away, else a clip can be played. */
 export function tile(attachment, onRemove = null) {
-  const item = element("li", { class: "tile" }, face(attachment));
+  const item = element("li", { class: "tile" }, face(attachment, onRemove === null));
   if (onRemove) {
     const remove = iconButton("close", `Remove ${attachment.name}`, () => onRemove(attachment));
     remove.classList.add("remove");
@@ -14,10 +14,10 @@ export function tile(attachment, onRemove = null) {
   return item;
 }
 
-function face(attachment) {
+function face(attachment, playable) {
   const { kind, preview, name } = attachment;
   if (preview === null) return plate(attachment);
-  const shown = kind === "image" ? picture(attachment) : clip(attachment);
+  const shown = kind === "image" ? picture(attachment) : clip(attachment, playable);
   const media = kind === "image" ? shown.querySelector("img") : shown;
   media.addEventListener("error", () => shown.replaceWith(plate(attachment)), { once: true });
   shown.title = name;
@@ -31,8 +31,8 @@ function picture(attachment) {
   return element("button", { type: "button", class: "face", "aria-label": label, on }, image);
 }
 
-function clip({ preview, name }) {
-  return element("video", { class: "face", src: preview, preload: "metadata", controls: true, "aria-label": name });
+function clip({ preview, name }, controls) {
+  return element("video", { class: "face", src: preview, preload: "metadata", controls, "aria-label": name });
 }
 
 /** For what has no preview: only the server fetches it, or the browser cannot show it. */

@@ -14,6 +14,8 @@ import pytest
 from tests.actors.edge.running import RunningEdge, edge_config, http, running_edge
 from vlmrt.actors.edge.page_files import DIRECTORY, INDEX, MEDIA_TYPES, PageFiles
 from vlmrt.runtime.config import ApiKey, ServerOptions, VideoOptions
+from vlmrt.tools.cli import build_parser
+from vlmrt.tools.launch import server_options
 
 BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
 ROOT = Path(__file__).parents[3]
@@ -152,6 +154,12 @@ async def test_without_the_page_there_is_the_line_only(checkpoint: Path, tmp_pat
                 assert response.status == 404
         async with session.get(edge.url + "/stats") as response:
             assert response.status == 200
+
+
+def test_an_option_of_launch_turns_the_page_off() -> None:
+    parse = build_parser().parse_args
+    assert server_options(parse(["launch"])).page
+    assert not server_options(parse(["launch", "--no-page"])).page
 
 
 def test_the_package_has_every_file_of_the_page() -> None:
