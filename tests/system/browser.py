@@ -57,16 +57,16 @@ def headless_browser() -> Iterator[Chrome]:
 class Page:
     """The page of a server, freshly opened; `before` is a script that runs before those of the page."""
 
-    def __init__(self, driver: Chrome, url: str, before: str = "", fragment: str = "", expects_failures: bool = False):
+    def __init__(self, driver: Chrome, url: str, before: str = "", expects_failures: bool = False):
         self.driver = driver
         self.url = url
         self.expects_failures = expects_failures  # of requests: the browser tells them as errors
-        driver.get_log("browser")  # what an earlier page left
-        driver.get_log("performance")
-        driver.get("about:blank")  # else another fragment of the same page would not load it again
+        self._log("browser")  # what an earlier page left
+        self._log("performance")
+        driver.get("about:blank")  # else the address differs in its fragment only, and nothing is loaded
         added = driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": KEPT_NOTHING + before})
         try:
-            driver.get(f"{url}/{fragment}")
+            driver.get(f"{url}/")
         finally:
             driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
         self.wait(lambda: self.all("html[data-started]"), "the page's start")
@@ -82,7 +82,7 @@ class Page:
         return [str(text) for text in self.run(script, selector)]
 
     def run(self, script: str, *arguments: Any) -> Any:
-        return self.driver.execute_script(script, *arguments)  # type: ignore[no-untyped-call]
+        return self.driver.execute_script(script, *arguments)
 
     def wait(self, condition: Callable[[], Any], what: str) -> Any:
         return WebDriverWait(self.driver, DEADLINE_S, 0.05).until(lambda _: condition(), f"no {what}")
@@ -125,19 +125,23 @@ class Page:
 
     def complaints(self) -> list[str]:
         """What the browser had to say: errors, warnings, violations of the policy."""
-        entries = self.driver.get_log("browser")  # type: ignore[no-untyped-call]
         return [
             entry["message"]
-            for entry in entries
+            for entry in self._log("browser")
             if entry["level"] in ("SEVERE", "WARNING") and not (self.expects_failures and entry["source"] == "network")
         ]
 
     def requested_hosts(self) -> set[str]:
         """Of all that this page has asked for over the network."""
         hosts = set()
-        for entry in self.driver.get_log("performance"):  # type: ignore[no-untyped-call]
+        for entry in self._log("performance"):
             message = json.loads(entry["message"])["message"]
             if message["method"] == "Network.requestWillBeSent":
                 address = urlsplit(message["params"]["request"]["url"])
                 hosts |= {address.netloc} if address.scheme not in ("data", "blob", "about") else set()
         return hosts
+
+    def _log(self, kind: str) -> list[dict[str, Any]]:
+        """What has come since the last look."""
+        entries: list[dict[str, Any]] = self.driver.get_log(kind)  # type: ignore[no-untyped-call]
+        return entries

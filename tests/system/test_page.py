@@ -234,7 +234,7 @@ def test_stats_show_the_service_only_while_they_are_looked_at(open_page: Opener)
 def test_the_policy_holds_in_the_browser_and_these_tests_would_notice(browser: Chrome, demo_server: Server) -> None:
     page = Page(browser, demo_server.url)
     assert page.complaints() == []
-    outcomes = page.driver.execute_async_script(  # type: ignore[no-untyped-call]
+    outcomes = page.driver.execute_async_script(
         "const done = arguments[0]; const outcomes = [];"
         "const attempt = (run) => { try { run(); outcomes.push('ran') } catch (error) { outcomes.push(error.name) } };"
         "attempt(() => { document.body.innerHTML = '<p>' });"
@@ -303,7 +303,7 @@ last - not a list, 1. nor this
 def test_an_answer_looks_the_same_however_it_is_cut_into_pieces(size: int, open_page: Opener) -> None:
     page = open_page()
     pieces = [MARKDOWN[place : place + size] for place in range(0, len(MARKDOWN), size)]
-    shown = page.driver.execute_async_script(  # type: ignore[no-untyped-call]
+    shown = page.driver.execute_async_script(
         "const [pieces, done] = arguments; import('./page/prose.js').then(({Prose}) => {"
         " const root = document.createElement('div'); const prose = new Prose(root, () => {});"
         " pieces.forEach((piece) => prose.append(piece)); prose.end();"
@@ -475,9 +475,7 @@ def test_answers_can_be_copied(open_page: Opener) -> None:
     page.ask("Well?")
     page.press_in_turn(1, "Copy this answer")
     page.wait(lambda: page.texts("#announcer") == ["Copied."], "word that it was copied")
-    copied = page.driver.execute_async_script(  # type: ignore[no-untyped-call]
-        "navigator.clipboard.readText().then(arguments[0])"
-    )
+    copied = page.driver.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
     assert copied == "Fine **indeed**."
 
 

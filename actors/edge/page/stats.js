@@ -8,6 +8,7 @@ const PERIOD_MS = 2_000;
 const NUM_POINTS = 90; // three minutes
 const NOTHING = "–";
 const PROCESS_COLUMNS = ["", "state", "device", "pid", "restarts", "memory", "GPU memory", "queue", "heartbeat"];
+const LAST_FIGURES = " The figures below are the last ones.";
 const STATES = { ready: "good", starting: "busy", restarting: "busy", failed: "bad" };
 
 export class StatsView {
@@ -55,7 +56,7 @@ export class StatsView {
     if (stats) this.#show(stats);
     else this.#onTrouble(failure);
     this.#failure.hidden = failure === null;
-    if (failure) this.#failure.textContent = `${failure.message} These are the last figures.`;
+    if (failure) this.#failure.textContent = failure.message + (this.#facts.textContent ? LAST_FIGURES : "");
     this.#timer = setTimeout(() => this.#ask(round), PERIOD_MS);
   }
 

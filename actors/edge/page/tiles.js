@@ -25,7 +25,7 @@ function face(attachment, playable) {
 }
 
 function picture(attachment) {
-  const image = element("img", { src: attachment.preview, alt: attachment.name, decoding: "async" });
+  const image = element("img", { src: attachment.preview, alt: attachment.name, draggable: "false" });
   const label = `Enlarge ${attachment.name}`;
   const on = { click: () => enlarge(attachment) };
   return element("button", { type: "button", class: "face", "aria-label": label, on }, image);

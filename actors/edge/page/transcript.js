@@ -23,7 +23,8 @@ export class Transcript {
       this.toEnd();
       byId("message").focus();
     });
-    new ResizeObserver(() => this.#stay()).observe(this.#turns);
+    const resized = new ResizeObserver(() => this.#stay());
+    for (const box of [this.#turns, this.#box]) resized.observe(box);
   }
 
   /** Show these turns and nothing else; none may be running. */
