@@ -91,7 +91,7 @@ def build_app(collaborators: AppCollaborators) -> web.Application:
         ]
     )
     if routes.page is not None:
-        app.add_routes([web.get("/page/config", routes.page_config), web.get("/page/{file}", routes.page.file)])
+        app.add_routes([web.get("/page/config", routes.page_config), web.get("/page/{file:.+}", routes.page.file)])
     if collaborators.config.server.admin_routes:
         app.add_routes(
             [
