@@ -552,6 +552,9 @@ async def test_a_key_is_asked_for_kept_in_the_tab_and_sent(browser: Chrome, tmp_
     def visit(url: str) -> str:
         page = Page(browser, url, expects_failures=True)
         page.wait(lambda: page.texts(".notice p") == ["This server needs an API key."], "notice")
+        page.one("#link-stats").click()
+        page.wait(lambda: "an API key is required" in page.texts("#view-stats > .failure")[0], "refusal of the stats")
+        page.one("#link-chat").click()
         page.one(".notice .plain").click()
         assert page.focused() == "key"
         assert page.one("#key").get_attribute("type") == "password"

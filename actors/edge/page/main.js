@@ -40,6 +40,7 @@ class Page {
       return;
     }
     this.#settings.askForKey(this.#config.needs_key);
+    byId("version").textContent = `vlmrt ${this.#config.version}`;
     byId("link-note").hidden = this.#config.fetches_urls;
     new Chat(this.#server, this.#settings, this.#config, (error) => this.#trouble(error));
     document.documentElement.dataset.started = "";

@@ -56,6 +56,10 @@ export class StatsView {
     if (stats) this.#show(stats);
     else this.#onTrouble(failure);
     this.#failure.hidden = failure === null;
+    if (failure?.status === 401) {
+      this.#failure.textContent = `${failure.message}; enter it in the settings of the chat.`;
+      return; // asking again would give the same answer
+    }
     if (failure) this.#failure.textContent = failure.message + (this.#facts.textContent ? LAST_FIGURES : "");
     this.#timer = setTimeout(() => this.#ask(round), PERIOD_MS);
   }
