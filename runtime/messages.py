@@ -17,7 +17,7 @@ import msgspec
 
 from vlmrt.runtime.errors import WireError
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 RequestId = NewType("RequestId", str)
 MmHash = NewType("MmHash", str)  # 128 bits or more, hexadecimal: content and every option that changes the rows
@@ -572,6 +572,7 @@ class ActorStatus(msgspec.Struct, frozen=True, array_like=True):
     num_restarts: int
     heartbeat_age_s: float
     loop_lag_ms: float
+    device: str = "cpu"  # or "cuda:<ordinal>"
 
 
 class ServiceStatus(Message, frozen=True):
@@ -580,6 +581,9 @@ class ServiceStatus(Message, frozen=True):
     ready: bool
     actors: tuple[ActorStatus, ...]
     metrics: dict[str, MetricsSnapshot]
+    at_s: float = 0.0  # of the monotonic clock, which all processes of a machine share
+    uptime_s: float = 0.0  # since the supervisor began
+    draining: bool = False  # new requests are refused, by order of whoever operates the service
 
 
 # ---------------------------------------------------------------- inboxes: the unions each process decodes

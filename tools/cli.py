@@ -254,6 +254,7 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
     http.add_argument("--request-timeout-s", type=positive_float, default=600.0, metavar="S")
     http.add_argument("--max-body-mib", type=positive_int, default=64, metavar="MIB", help="more is refused with 413")
     http.add_argument("--cors-origins", nargs="+", default=[], metavar="ORIGIN")
+    http.add_argument("--no-page", action="store_true", help="no page to chat on at / for browsers")
     http.add_argument("--admin-routes", action="store_true", help="POST /reset_prefix_cache and /reset_mm_cache")
 
 

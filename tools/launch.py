@@ -201,6 +201,7 @@ def server_options(arguments: argparse.Namespace) -> ServerOptions:
         allowed_media_root=None if root is None else str(Path(root).resolve()),
         cors_origins=tuple(arguments.cors_origins),
         admin_routes=arguments.admin_routes,
+        page=not arguments.no_page,
         api_keys=read_api_keys(arguments.api_key, arguments.api_key_file, os.environ),
     )
 

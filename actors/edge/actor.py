@@ -57,6 +57,7 @@ from vlmrt.runtime.messages import (
     Probed,
     ServiceStatus,
 )
+from vlmrt.runtime.service_stats import StatsHistory
 
 NUM_THREADS = 2  # hashing, tokenizing long prompts, base64
 BACKLOG = 1024
@@ -77,6 +78,7 @@ class EdgeActor:
         self._link = SchedulerLink(context.outbox)
         probe_timeout_s = PROBE_PATIENCE * context.config.video.group_timeout_s
         self._prober = ClipProber(context.outbox, context.metrics, probe_timeout_s)
+        self._stats = StatsHistory()
         self._health = Health(context.config.supervision.heartbeat_timeout_s)
         self._budget = MediaBudget(context.config.server.max_media_mib << 20)
         self._executor = ThreadPoolExecutor(NUM_THREADS, "edge")
@@ -189,6 +191,7 @@ class EdgeActor:
             ),
             link=self._link,
             health=self._health,
+            stats=self._stats,
             metrics=metrics,
         )
 
@@ -202,6 +205,7 @@ class EdgeActor:
 
     async def status(self, status: ServiceStatus) -> None:
         self._health.update(status)
+        self._stats.add(status)
         self._context.metrics.set("media_bytes_in_flight", self._budget.used_bytes)
         self._link.retry_unsent()
 
