@@ -44,6 +44,12 @@ class HelpFormatter(argparse.HelpFormatter):
         """Flags keep their hyphens on one line."""
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines = textwrap.wrap(
+            " ".join(text.split()), width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+        )
+        return "\n".join(lines)
+
     def _format_action(self, action: argparse.Action) -> str:
         """Commands without a line that says COMMAND above them."""
         if isinstance(action, argparse._SubParsersAction):
@@ -116,6 +122,8 @@ class Parser(argparse.ArgumentParser):
         found, rest = super().parse_known_args(args, namespace)
         if rest:
             self.error(f"unexpected arguments: {' '.join(rest)}")
+        if self._subparsers is None:
+            found.command_line = tuple(args or ())  # what a command sees of where its values come from
         return found, rest
 
     def _check_flags(self, words: Sequence[str]) -> None:
@@ -146,10 +154,16 @@ class Parser(argparse.ArgumentParser):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """'; did you mean X?' for the closest of the known words; empty where none is close."""
+    closest = closest_word(word, known)
+    return f"; did you mean {closest}?" if closest else ""
+
+
+def closest_word(word: str, known: Iterable[str]) -> str:
+    """The only word that goes on as this one does, else the one most like it; empty where none is close."""
     known = list(known)
     lowered = {text.lower(): text for text in known}
-    close = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.6)
     longer = [text for text in known if len(word) > 3 and text.startswith(word)]
-    if not close and not longer:
-        return ""
-    return f"; did you mean {longer[0] if len(longer) == 1 else lowered[close[0]] if close else longer[0]}?"
+    if len(longer) == 1:
+        return longer[0]
+    close = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.6)
+    return lowered[close[0]] if close else (longer or [""])[0]

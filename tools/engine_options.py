@@ -206,6 +206,9 @@ def add_engine(parser: argparse.ArgumentParser, preset: str = "interactive") -> 
         help="least level that is logged",
     )
     running.add_argument(
+        "--log-format", choices=("text", "json"), default="text", help="json: one object a line, from every process"
+    )
+    running.add_argument(
         "--shutdown-grace-s",
         type=positive_float,
         default=10.0,

@@ -56,6 +56,7 @@ class EngineOptions(TypedDict, total=False):
     allowed_media_domains: Sequence[str]
     allowed_media_root: str | os.PathLike[str] | None
     log_level: Literal["debug", "info", "warning", "error"]
+    log_format: Literal["text", "json"]
     shutdown_grace_s: float
     start_timeout_s: float
 
