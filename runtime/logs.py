@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from vlmrt.runtime.config import LogFormat
 
 ACCESS_LOGGER = "vlmrt.access"  # a line for each request, where --log-requests asks for it
+LAUNCH_LOGGER = "vlmrt.launch"  # what a launch tells, where it is no lines for a person
 _COLOURS = {"WARNING": "33", "ERROR": "31", "CRITICAL": "1;31"}
 
 
@@ -30,7 +31,8 @@ def set_up_logging(level: str, log_format: LogFormat, actor: str, epoch: int = 0
         handler.setFormatter(TextFormatter(actor, in_colour=wants_colour(sys.stderr, os.environ)))
     logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.captureWarnings(True)
-    logging.getLogger(ACCESS_LOGGER).setLevel(logging.INFO)  # asked for by an option of its own
+    for name in (ACCESS_LOGGER, LAUNCH_LOGGER):
+        logging.getLogger(name).setLevel(logging.INFO)  # each asked for by an option of its own
 
 
 def wants_colour(stream: TextIO, environment: Mapping[str, str]) -> bool:

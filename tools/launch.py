@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import re
 import sys
@@ -37,12 +38,12 @@ from vlmrt.runtime.config import (
 )
 from vlmrt.runtime.errors import StartupError
 from vlmrt.runtime.host_memory import available_gib
-from vlmrt.runtime.logs import set_up_logging
+from vlmrt.runtime.logs import LAUNCH_LOGGER, set_up_logging
 from vlmrt.runtime.supervisor import Supervisor
 from vlmrt.tools.api_keys import read_api_keys
 from vlmrt.tools.devices import num_cuda_devices
 from vlmrt.tools.host_tiers import check_host_memory, embedding_host_cache_gib, kv_host_cache_gib
-from vlmrt.tools.launch_report import LaunchReport
+from vlmrt.tools.launch_report import LaunchReport, LoggedReport
 from vlmrt.tools.model_source import locate_model
 from vlmrt.tools.vit_engines import build_engine_files, engine_directory
 
@@ -76,10 +77,14 @@ def launch(arguments: argparse.Namespace, origins: Mapping[str, str]) -> int:
     try:
         config, model = build_config(arguments, origins)
         build_engine_files(config)
-        report = LaunchReport(config, model)
+        report = (LoggedReport if config.log_format == "json" else LaunchReport)(config, model)
         return asyncio.run(Supervisor(config, report, num_gpus=num_cuda_devices()).run())
     except (StartupError, CheckpointError) as error:
-        print(f"vlmrt: error: {error}{_whence(str(error), origins)}", file=sys.stderr)
+        message = f"{error}{_whence(str(error), origins)}"
+        if arguments.log_format == "json":
+            logging.getLogger(LAUNCH_LOGGER).error("%s", message)
+        else:
+            print(f"vlmrt: error: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
