@@ -44,8 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     asking = parser.add_argument_group("asking")
     asking.add_argument("--system", metavar="TEXT", help="what the model is told before everything")
-    asking.add_argument("--image", nargs="+", default=[], metavar="FILE|URL", help="shown with the first question")
-    asking.add_argument("--video", nargs="+", default=[], metavar="FILE|URL", help="shown with the first question")
+    asking.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE|URL",
+        help="shown with the first question; may be repeated",
+    )
+    asking.add_argument("--video", action="append", default=[], metavar="FILE|URL", help="a clip, as --image")
     asking.add_argument("--temperature", type=number, metavar="F", help="0: greedy; default: the server's")
     asking.add_argument("--top-p", type=number, metavar="F", help="only the likeliest tokens that make up this much")
     asking.add_argument("--max-tokens", type=whole_number, metavar="N", help="default: as much as the context holds")
