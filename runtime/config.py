@@ -17,6 +17,7 @@ Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16"]
 GpuSharingChoice = Literal["auto", "mps", "time-slice"]
 VideoReaderChoice = Literal["auto", "decord", "av"]
+LogFormat = Literal["text", "json"]
 VitEngine = Literal["torch", "onnxruntime", "tensorrt"]
 
 
@@ -67,6 +68,7 @@ class ServerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     admin_routes: bool = False  # cache resets by HTTP
     page: bool = True  # at / for browsers
     api_keys: tuple[ApiKey, ...] = ()  # none: whoever reaches the address may use it
+    log_requests: bool = False  # a log line for each request, with nothing of its body
 
     @property
     def is_local(self) -> bool:
@@ -153,3 +155,6 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parallel: ParallelOptions = ParallelOptions()
     supervision: SupervisionOptions = SupervisionOptions()
     log_level: str = "info"
+    log_format: LogFormat = "text"
+    origins: dict[str, str] = {}
+    """Option of `vlmrt launch` without its dashes -> "default", "flag", "environment VLMRT_X" or "file /path"."""

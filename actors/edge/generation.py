@@ -95,14 +95,14 @@ class Answer:
         metrics: Metrics,
         arrived_s: float,
     ) -> None:
-        self._answer_id = answer_id
+        self.answer_id = answer_id
+        self.time_to_first_token_s: float | None = None
         self._link = link
         self._vocabulary = vocabulary
         self._requests = requests
         self._metrics = metrics
         self._arrived_s = arrived_s
         self._news = asyncio.Event()
-        self._has_tokens = False
         self._num_ended = 0
         self.num_choices = 0
         self._firsts: list[_Run] = []
@@ -170,7 +170,7 @@ class Answer:
         is_last = number == generation.num_choices - 1
         sampling = generation.rule.sampling
         submit = Submit(
-            request_id=RequestId(f"{self._answer_id}-{index}" if index else self._answer_id),
+            request_id=RequestId(f"{self.answer_id}-{index}" if index else self.answer_id),
             prompt_token_ids=generation.prompt.token_ids,
             media=generation.prompt.media,
             rope_delta=generation.prompt.rope_delta,
@@ -203,9 +203,9 @@ class Answer:
         """So many new tokens of a choice have come."""
         if num_tokens:
             now_s = time.monotonic()
-            if not self._has_tokens:
-                self._has_tokens = True
-                self._metrics.observe("time_to_first_token_seconds", now_s - self._arrived_s)
+            if self.time_to_first_token_s is None:
+                self.time_to_first_token_s = now_s - self._arrived_s
+                self._metrics.observe("time_to_first_token_seconds", self.time_to_first_token_s)
             elif run.last_token_s is not None:
                 self._metrics.observe("inter_token_latency_seconds", (now_s - run.last_token_s) / num_tokens)
             run.last_token_s = now_s

@@ -13,8 +13,10 @@ from typing import Protocol
 from aiohttp import web
 from msgspec import Struct
 
+from vlmrt.actors.edge.access_log import ANSWER, BROKEN
 from vlmrt.actors.edge.body import read_json_body
 from vlmrt.actors.edge.choice import Piece
+from vlmrt.actors.edge.error_answers import LABEL
 from vlmrt.actors.edge.generation import Answer, Generation, Generator
 from vlmrt.actors.edge.open_requests import MediaBudget, MediaLease
 from vlmrt.actors.edge.scheduler_link import LookUp, SchedulerLink
@@ -119,6 +121,7 @@ class Responder:
                 self._generator.run(prepared.answer_id, prepared.generations, arrived_s) as answer,
                 _deadline(answer, arrived_s + timeout_s, timeout_s),
             ):
+                request[ANSWER] = answer
                 if prepared.stream:
                     return await self._stream(request, prepared, answer)
                 return await self._whole(prepared, answer)
@@ -149,14 +152,18 @@ class Responder:
         except RequestError as error:
             if not stream.begun:
                 raise
-            self._metrics.add("request_errors_total", code=error.code or str(error.status))
+            request[BROKEN] = error.code or str(error.status)
+            self._metrics.add("request_errors_total", code=request[BROKEN])
             await stream.write(form.failed(error))
         except ConnectionError:
             raise
         except Exception:
             if not stream.begun:
                 raise
-            logger.exception("%s failed while it was streamed", prepared.answer_id)
+            logger.exception(
+                "%s failed while it was streamed", prepared.answer_id, extra={"request_id": request[LABEL]}
+            )
+            request[BROKEN] = "internal_error"
             self._metrics.add("request_errors_total", code="internal_error")
             await stream.write(form.failed(RequestError("internal error", status=500, code="internal_error")))
         return await stream.close()
