@@ -30,6 +30,7 @@ from vlmrt.actors.edge.responses_api import ResponsesEndpoint
 from vlmrt.actors.edge.sampling import SamplingDefaults
 from vlmrt.actors.edge.scheduler_link import SchedulerLink, unavailable
 from vlmrt.actors.edge.served_model import ServedModel, system_fingerprint
+from vlmrt.actors.edge.timelines import Timelines
 from vlmrt.actors.edge.tokenization import TokenizationEndpoint
 from vlmrt.actors.edge.tools import CALL_BEGIN, CALL_END, call_tags
 from vlmrt.actors.models.config import (
@@ -77,6 +78,7 @@ class EdgeActor:
         self._link = SchedulerLink(context.outbox)
         probe_timeout_s = PROBE_PATIENCE * context.config.video.group_timeout_s
         self._prober = ClipProber(context.outbox, context.metrics, probe_timeout_s)
+        self.timelines = Timelines(context.name, context.metrics)
         self._health = Health(context.config.supervision.heartbeat_timeout_s)
         self._budget = MediaBudget(context.config.server.max_media_mib << 20)
         self._executor = ThreadPoolExecutor(NUM_THREADS, "edge")
@@ -158,7 +160,9 @@ class EdgeActor:
         checker = GrammarChecker(tokenizer, self._grammar_thread)
         forms = AnswerForms(checker, call_tags(prompts.tokenizer))
         generator = Generator(self._link, vocabulary, config.scheduling, metrics)
-        responder = Responder(config.server, self._link, self._budget, generator, metrics, self._write_timeout_s)
+        responder = Responder(
+            config.server, self._link, self._budget, generator, self.timelines, metrics, self._write_timeout_s
+        )
         identity = f"{config.model.directory}@{config.model.revision}"
         chat_prompts = ChatPrompts(
             MediaFetcher(config.server, executor, self._resolve, video=config.video),
