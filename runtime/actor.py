@@ -22,6 +22,7 @@ from vlmrt.runtime.codec import FrameDecoder, encode_header, encode_message
 from vlmrt.runtime.config import Config
 from vlmrt.runtime.control import ControlLink, SupervisorLost
 from vlmrt.runtime.errors import StartupError, VlmrtError
+from vlmrt.runtime.host_memory import resident_memory_bytes
 from vlmrt.runtime.mailbox import Mailbox
 from vlmrt.runtime.messages import (
     PROTOCOL_VERSION,
@@ -341,6 +342,7 @@ class ActorProcess:
         while True:
             self._metrics.set("mailbox_depth", self._mailbox.depth)
             self._metrics.set("mailbox_age_seconds", self._mailbox.oldest_age_s())
+            self._metrics.set("resident_memory_bytes", resident_memory_bytes())
             self._control.send(self._heartbeat())
             due_s = time.monotonic() + period_s
             await asyncio.sleep(period_s)

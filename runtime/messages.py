@@ -578,6 +578,7 @@ class ActorStatus(msgspec.Struct, frozen=True, array_like=True):
     num_restarts: int
     heartbeat_age_s: float
     loop_lag_ms: float
+    device: str = "cpu"  # or "cuda:<ordinal>"
 
 
 class ServiceStatus(Message, frozen=True):
@@ -586,6 +587,9 @@ class ServiceStatus(Message, frozen=True):
     ready: bool
     actors: tuple[ActorStatus, ...]
     metrics: dict[str, MetricsSnapshot]
+    at_s: float = 0.0  # of the monotonic clock, which all processes of a machine share
+    uptime_s: float = 0.0  # since the supervisor began
+    draining: bool = False  # new requests are refused, by order of whoever operates the service
 
 
 # ---------------------------------------------------------------- inboxes: the unions each process decodes

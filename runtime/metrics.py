@@ -102,6 +102,8 @@ METRICS: Mapping[str, Metric] = {
     "actor_restarts_total": Metric("counter", "Restarts of the actor since the service started."),
     "heartbeat_age_seconds": Metric("gauge", "Time since the actor's last heartbeat."),
     "loop_lag_ms": Metric("gauge", "How late the actor's event loop ran its last heartbeat."),
+    "resident_memory_bytes": Metric("gauge", "Host memory of the actor's process that is in use."),
+    "device_memory_bytes": Metric("gauge", "Device memory that the actor's process holds."),
     "mailbox_depth": Metric("gauge", "Messages waiting in the actor's mailbox."),
     "mailbox_age_seconds": Metric("gauge", "How long the next message in the actor's mailbox has waited."),
     "stale_messages_total": Metric("counter", "Messages of dead incarnations, dropped."),

@@ -175,7 +175,7 @@ class Supervisor:
         self._num_kv_blocks: int | None = None  # what the first start found room for, beside everyone else
         self._was_ready = False
         self._is_ready = False
-        self._unready_since_s = time.monotonic()
+        self._began_s = self._unready_since_s = time.monotonic()
         self.url = ""  # of the HTTP server, once run() has bound it
         self.run_dir: Path | None = None
 
@@ -483,7 +483,8 @@ class Supervisor:
                 member.handle.kill()
 
     def _send_status(self) -> None:
-        status = self._table.status(time.monotonic(), self._is_ready)
+        now_s = time.monotonic()
+        status = self._table.status(now_s, self._is_ready, uptime_s=now_s - self._began_s)
         own = self._metrics.snapshot()
         if own.counters:
             status.metrics[SUPERVISOR] = own
