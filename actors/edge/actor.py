@@ -8,6 +8,7 @@ from pathlib import Path
 
 from aiohttp import hdrs, web
 
+import vlmrt
 from vlmrt.actors.edge.answer_form import AnswerForms
 from vlmrt.actors.edge.anthropic_api import MessagesEndpoint
 from vlmrt.actors.edge.app import MAX_LINE_BYTES, AppCollaborators, build_app
@@ -113,7 +114,14 @@ class EdgeActor:
         """Load tokenizer and template, then accept connections.  Raises: StartupError."""
         if self._context.listen_socket is None:
             raise StartupError("the edge has no listening socket")
-        loop = asyncio.get_running_loop()
+        config, loop = self._context.config, asyncio.get_running_loop()
+        self._context.metrics.set(
+            "server_info",
+            1,
+            device=config.parallel.device,
+            model=config.model.served_names[0],
+            version=vlmrt.__version__,
+        )
         app = build_app(await loop.run_in_executor(self._executor, self._load))
         self._runner = EdgeRunner(
             app,
@@ -207,6 +215,7 @@ class EdgeActor:
     async def status(self, status: ServiceStatus) -> None:
         self._health.update(status)
         self._context.metrics.set("media_bytes_in_flight", self._budget.used_bytes)
+        self._context.metrics.set("requests_preparing", self.timelines.num_preparing)
         self._link.retry_unsent()
 
     async def handle(self, message: EdgeInbox, sender: ActorName) -> None:
