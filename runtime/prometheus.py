@@ -155,7 +155,7 @@ def _samples(status: ServiceStatus) -> Iterator[_Sample]:
         for name, value in _actor_samples(actor):
             yield _Sample(actor.actor, name, {}, value)
     for actor_name, snapshot in status.metrics.items():
-        series = {**snapshot.counters, **snapshot.gauges, **snapshot.histograms}
+        series: dict[str, float | Histogram] = {**snapshot.counters, **snapshot.gauges, **snapshot.histograms}
         for key, figure in series.items():
             yield _Sample(actor_name, *parse_series_key(key), figure)
 
