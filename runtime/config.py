@@ -17,6 +17,7 @@ Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16"]
 GpuSharingChoice = Literal["auto", "mps", "time-slice"]
 VideoReaderChoice = Literal["auto", "decord", "av"]
+LogFormat = Literal["text", "json"]
 VitEngine = Literal["torch", "onnxruntime", "tensorrt"]
 
 
@@ -68,6 +69,7 @@ class ServerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     api_keys: tuple[ApiKey, ...] = ()  # none: whoever reaches the address may use it
     metrics_compat: Literal["none", "vllm"] = "none"  # vllm: /metrics has the same figures under vLLM's names as well
     otlp_endpoint: str = ""  # base URL of an OpenTelemetry collector that is sent a span tree per request; "": nobody
+    log_requests: bool = False  # a log line for each request, with nothing of its body
 
     @property
     def is_local(self) -> bool:
@@ -154,3 +156,6 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parallel: ParallelOptions = ParallelOptions()
     supervision: SupervisionOptions = SupervisionOptions()
     log_level: str = "info"
+    log_format: LogFormat = "text"
+    origins: dict[str, str] = {}
+    """Option of `vlmrt launch` without its dashes -> "default", "flag", "environment VLMRT_X" or "file /path"."""

@@ -104,7 +104,7 @@ class Answer:
         metrics: Metrics,
         timeline: OpenTimeline,
     ) -> None:
-        self._answer_id = answer_id
+        self.answer_id = answer_id
         self._link = link
         self._vocabulary = vocabulary
         self._requests = requests
@@ -129,6 +129,11 @@ class Answer:
     @property
     def ended(self) -> bool:
         return self._num_ended == self.num_choices
+
+    @property
+    def time_to_first_token_s(self) -> float | None:
+        first_token_s = self._timeline.first_token_s
+        return None if first_token_s is None else first_token_s - self._timeline.arrived_s
 
     @property
     def usage(self) -> ChatUsage:
@@ -192,7 +197,7 @@ class Answer:
         is_last = number == generation.num_choices - 1
         sampling = generation.rule.sampling
         submit = Submit(
-            request_id=RequestId(f"{self._answer_id}-{index}" if index else self._answer_id),
+            request_id=RequestId(f"{self.answer_id}-{index}" if index else self.answer_id),
             prompt_token_ids=generation.prompt.token_ids,
             media=generation.prompt.media,
             rope_delta=generation.prompt.rope_delta,
