@@ -31,6 +31,7 @@ from vlmrt.actors.edge.responses_api import ResponsesEndpoint
 from vlmrt.actors.edge.sampling import SamplingDefaults
 from vlmrt.actors.edge.scheduler_link import SchedulerLink, unavailable
 from vlmrt.actors.edge.served_model import ServedModel, system_fingerprint
+from vlmrt.actors.edge.span_export import TimelineExporter, check_endpoint, collector_exporter
 from vlmrt.actors.edge.timelines import Timelines
 from vlmrt.actors.edge.tokenization import TokenizationEndpoint
 from vlmrt.actors.edge.tools import CALL_BEGIN, CALL_END, call_tags
@@ -59,6 +60,7 @@ from vlmrt.runtime.messages import (
     Probed,
     ServiceStatus,
 )
+from vlmrt.runtime.timeline import Timeline
 
 NUM_THREADS = 2  # hashing, tokenizing long prompts, base64
 BACKLOG = 1024
@@ -79,7 +81,8 @@ class EdgeActor:
         self._link = SchedulerLink(context.outbox)
         probe_timeout_s = PROBE_PATIENCE * context.config.video.group_timeout_s
         self._prober = ClipProber(context.outbox, context.metrics, probe_timeout_s)
-        self.timelines = Timelines(context.name, context.metrics)
+        self._exporter: TimelineExporter | None = None
+        self.timelines = Timelines(context.name, context.metrics, self._export)
         self._health = Health(context.config.supervision.heartbeat_timeout_s)
         self._budget = MediaBudget(context.config.server.max_media_mib << 20)
         self._executor = ThreadPoolExecutor(NUM_THREADS, "edge")
@@ -114,14 +117,8 @@ class EdgeActor:
         """Load tokenizer and template, then accept connections.  Raises: StartupError."""
         if self._context.listen_socket is None:
             raise StartupError("the edge has no listening socket")
-        config, loop = self._context.config, asyncio.get_running_loop()
-        self._context.metrics.set(
-            "server_info",
-            1,
-            device=config.parallel.device,
-            model=config.model.served_names[0],
-            version=vlmrt.__version__,
-        )
+        self._begin_telemetry()
+        loop = asyncio.get_running_loop()
         app = build_app(await loop.run_in_executor(self._executor, self._load))
         self._runner = EdgeRunner(
             app,
@@ -136,6 +133,20 @@ class EdgeActor:
         self._site = web.SockSite(self._runner, self._context.listen_socket, backlog=BACKLOG)
         await self._site.start()
         return EdgeReady()
+
+    def _begin_telemetry(self) -> None:
+        """Raises: StartupError where spans are to be sent and cannot be."""
+        config, version = self._context.config, vlmrt.__version__
+        model, endpoint = config.model.served_names[0], config.server.otlp_endpoint
+        self._context.metrics.set("server_info", 1, device=config.parallel.device, model=model, version=version)
+        if endpoint:
+            check_endpoint(endpoint)
+            exporter = collector_exporter(endpoint)
+            self._exporter = TimelineExporter(exporter, model=model, version=version, actor=self._context.name)
+
+    def _export(self, timeline: Timeline) -> None:
+        if self._exporter is not None:
+            self._exporter.export(timeline)
 
     def _load(self) -> AppCollaborators:
         config = self._context.config
@@ -237,5 +248,7 @@ class EdgeActor:
         await self._link.drain(CLOSE_S)
         if self._runner is not None:
             await self._runner.cleanup()
+        if self._exporter is not None:
+            await self._exporter.close(CLOSE_S)
         for executor in (self._executor, self._grammar_thread):
             executor.shutdown(wait=False, cancel_futures=True)
