@@ -132,7 +132,7 @@ _ACTORS = {
     "actor_up": Metric("gauge", EVERY, "1 if the actor is ready, 0 if not."),
     "actor_restarts_total": Metric("counter", EVERY, "Restarts of the actor since the service started."),
     "heartbeat_age_seconds": Metric("gauge", EVERY, "Time since the actor's last heartbeat."),
-    "loop_lag_ms": Metric("gauge", EVERY, "How late the actor's event loop ran its last heartbeat."),
+    "loop_lag_seconds": Metric("gauge", EVERY, "How late the actor's event loop ran its last heartbeat."),
     "process_cpu_seconds_total": Metric("counter", EVERY, "CPU time of the actor's process."),
     "resident_memory_bytes": Metric("gauge", EVERY, "Host memory of the actor's process that is in use."),
     "device_memory_bytes": Metric("gauge", ("vit", "llm"), "Device memory that the actor's process holds."),
@@ -143,6 +143,12 @@ _ACTORS = {
     "bad_frames_total": Metric("counter", EVERY, "Frames that were no message, dropped."),
 }
 
-OF_STATUS = ("actor_up", "actor_restarts_total", "heartbeat_age_seconds", "loop_lag_ms")  # the supervisor knows them
+# what the supervisor knows of an actor, and not the actor itself
+OF_STATUS = (
+    "actor_up",
+    "actor_restarts_total",
+    "heartbeat_age_seconds",
+    "loop_lag_seconds",
+)
 
 METRICS: Mapping[str, Metric] = {**_REQUESTS, **_LATENCIES, **_MEDIA, **_CACHES, **_ACTORS}

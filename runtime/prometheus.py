@@ -164,7 +164,7 @@ def _actor_samples(actor: ActorStatus) -> Iterator[tuple[str, float]]:
     yield "actor_up", float(actor.state == "ready")
     yield "actor_restarts_total", float(actor.num_restarts)
     yield "heartbeat_age_seconds", actor.heartbeat_age_s
-    yield "loop_lag_ms", actor.loop_lag_ms
+    yield "loop_lag_seconds", actor.loop_lag_ms / 1e3
 
 
 def _cumulative(histogram: Histogram) -> Iterator[tuple[str, float]]:

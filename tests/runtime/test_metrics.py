@@ -139,7 +139,7 @@ def test_the_text_is_read_back_by_prometheus_own_parser() -> None:
     assert read["vlmrt_actor_up", (vit,)] == 0
     assert read["vlmrt_actor_restarts_total", (vit,)] == 2
     assert read["vlmrt_heartbeat_age_seconds", (vit,)] == 9
-    assert read["vlmrt_loop_lag_ms", (edge,)] == 1.5
+    assert read["vlmrt_loop_lag_seconds", (edge,)] == 0.0015
     name = "vlmrt_time_to_first_token_seconds"
     buckets = [read[f"{name}_bucket", (edge, ("le", repr(b)))] for b in METRICS[name.removeprefix("vlmrt_")].bounds]
     assert buckets == sorted(buckets)
