@@ -31,7 +31,8 @@ from vlmrt.actors.edge.tokenization import TokenizationEndpoint
 from vlmrt.runtime.config import Config
 from vlmrt.runtime.errors import RequestError
 from vlmrt.runtime.messages import PROTOCOL_VERSION
-from vlmrt.runtime.metrics import Metrics, prometheus_text
+from vlmrt.runtime.metrics import Metrics
+from vlmrt.runtime.prometheus import CONTENT_TYPE, prometheus_text
 from vlmrt.runtime.service_stats import StatsHistory
 
 REQUEST_ID = "x-request-id"
@@ -155,9 +156,9 @@ class Routes:
         status = self._with.health.status
         if status is None:
             raise _not_yet("metrics")
-        return web.Response(
-            body=prometheus_text(status), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-        )
+        compat = self._with.config.server.metrics_compat == "vllm"
+        text = prometheus_text(status, self._with.model.names[0] if compat else None)
+        return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})
 
     async def stats(self, request: web.Request) -> web.Response:
         stats = self._with.stats.stats()
