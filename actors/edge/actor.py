@@ -23,6 +23,7 @@ from vlmrt.actors.edge.grammar import GrammarChecker, load_grammar_tokenizer
 from vlmrt.actors.edge.health import Health
 from vlmrt.actors.edge.identify import ImageIdentifier
 from vlmrt.actors.edge.identify_clip import ClipIdentifier
+from vlmrt.actors.edge.open_answers import OpenAnswers
 from vlmrt.actors.edge.open_requests import MediaBudget
 from vlmrt.actors.edge.prompt import PromptBuilder, load_prompt_builder
 from vlmrt.actors.edge.responder import Responder
@@ -57,6 +58,7 @@ from vlmrt.runtime.messages import (
     Probed,
     ServiceStatus,
 )
+from vlmrt.runtime.questions import CancelRequest, Finding, ListRequests, Question
 
 NUM_THREADS = 2  # hashing, tokenizing long prompts, base64
 BACKLOG = 1024
@@ -75,6 +77,7 @@ class EdgeActor:
         self._resolve = resolve
         self._write_timeout_s = write_timeout_s
         self._link = SchedulerLink(context.outbox)
+        self._open_answers = OpenAnswers()
         probe_timeout_s = PROBE_PATIENCE * context.config.video.group_timeout_s
         self._prober = ClipProber(context.outbox, context.metrics, probe_timeout_s)
         self._health = Health(context.config.supervision.heartbeat_timeout_s)
@@ -158,7 +161,9 @@ class EdgeActor:
         checker = GrammarChecker(tokenizer, self._grammar_thread)
         forms = AnswerForms(checker, call_tags(prompts.tokenizer))
         generator = Generator(self._link, vocabulary, config.scheduling, metrics)
-        responder = Responder(config.server, self._link, self._budget, generator, metrics, self._write_timeout_s)
+        responder = Responder(
+            config.server, self._link, self._budget, generator, self._open_answers, metrics, self._write_timeout_s
+        )
         identity = f"{config.model.directory}@{config.model.revision}"
         chat_prompts = ChatPrompts(
             MediaFetcher(config.server, executor, self._resolve, video=config.video),
@@ -202,6 +207,7 @@ class EdgeActor:
 
     async def status(self, status: ServiceStatus) -> None:
         self._health.update(status)
+        self._link.draining = status.draining
         self._context.metrics.set("media_bytes_in_flight", self._budget.used_bytes)
         self._link.retry_unsent()
 
@@ -211,6 +217,15 @@ class EdgeActor:
                 self._prober.take(message)
             case _:
                 self._link.handle(message)
+
+    async def answer(self, question: Question) -> Finding | None:
+        match question:
+            case ListRequests():
+                return self._open_answers.shown()
+            case CancelRequest():
+                return self._open_answers.cancel(question.id)
+            case _:
+                return None
 
     async def stop(self, grace_s: float) -> None:
         """Refuse what is new; let open requests finish for grace_s, then end them with an error."""

@@ -131,6 +131,11 @@ class Answer:
             num_video_tokens=sum(prompt.num_video_tokens for prompt in prompts),
         )
 
+    @property
+    def request_ids(self) -> list[RequestId]:
+        """At the scheduler, of the choices that have begun."""
+        return [run.request.request_id for run in self._runs]
+
     def elapsed_ms(self) -> int:
         """Since the request arrived."""
         return int((time.monotonic() - self._arrived_s) * 1000)

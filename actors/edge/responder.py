@@ -16,6 +16,7 @@ from msgspec import Struct
 from vlmrt.actors.edge.body import read_json_body
 from vlmrt.actors.edge.choice import Piece
 from vlmrt.actors.edge.generation import Answer, Generation, Generator
+from vlmrt.actors.edge.open_answers import OpenAnswers
 from vlmrt.actors.edge.open_requests import MediaBudget, MediaLease
 from vlmrt.actors.edge.scheduler_link import LookUp, SchedulerLink
 from vlmrt.actors.edge.stream import EventStream
@@ -73,6 +74,7 @@ class Responder:
         link: SchedulerLink,
         budget: MediaBudget,
         generator: Generator,
+        open_answers: OpenAnswers,
         metrics: Metrics,
         write_timeout_s: float,
     ) -> None:
@@ -80,6 +82,7 @@ class Responder:
         self._link = link
         self._budget = budget
         self._generator = generator
+        self._open = open_answers
         self._metrics = metrics
         self._write_timeout_s = write_timeout_s
 
@@ -110,15 +113,16 @@ class Responder:
 
     async def _answer(self, request: web.Request, prepare: Prepare) -> web.StreamResponse:
         arrived_s = time.monotonic()
-        self._link.check_open()
+        self._link.check_takes_new()
         timeout_s = self._options.request_timeout_s
-        with self._budget.lease() as lease, self._link.look_up() as lookup:
+        with self._open.enter(request) as opened, self._budget.lease() as lease, self._link.look_up() as lookup:
             async with self.in_time():
                 prepared = await prepare(request, lease, lookup)
             with (
                 self._generator.run(prepared.answer_id, prepared.generations, arrived_s) as answer,
                 _deadline(answer, arrived_s + timeout_s, timeout_s),
             ):
+                opened.begin(prepared.answer_id, answer, streams=prepared.stream)
                 if prepared.stream:
                     return await self._stream(request, prepared, answer)
                 return await self._whole(prepared, answer)

@@ -13,7 +13,8 @@ from functools import partial
 from typing import Any, assert_never
 
 from vlmrt.actors.llm.rank import load_rank
-from vlmrt.actors.llm.step_thread import EndOfEpoch, OpenedSlab, Rank, StepThread, Work
+from vlmrt.actors.llm.step_thread import Aside, EndOfEpoch, OpenedSlab, Rank, StepThread, Work
+from vlmrt.actors.models.torch_profile import TorchProfiler
 from vlmrt.runtime.actor import ActorContext
 from vlmrt.runtime.errors import ChannelFull, VlmrtError
 from vlmrt.runtime.messages import (
@@ -29,6 +30,8 @@ from vlmrt.runtime.messages import (
     StepPlan,
     StepResult,
 )
+from vlmrt.runtime.profiling import ProfileSession
+from vlmrt.runtime.questions import Finding, Question, StartProfile, StopProfile
 from vlmrt.runtime.slab import open_slab
 
 SCHEDULER = ActorName("scheduler:0")
@@ -56,6 +59,7 @@ class LlmActor:
         self._room = asyncio.Semaphore(MAX_QUEUED)
         self._thread: StepThread[Any] | None = None
         self._unsent: asyncio.Future[None] | None = None  # fails when the scheduler takes no more results
+        self._profile = ProfileSession(lambda: TorchProfiler(context.device), self._in_step_thread)
 
     async def start(self) -> LlmReady:
         loop = asyncio.get_running_loop()
@@ -93,6 +97,13 @@ class LlmActor:
             case _:
                 assert_never(message)
 
+    async def answer(self, question: Question) -> Finding | None:
+        match question:
+            case StartProfile() | StopProfile():
+                return await self._profile.answer(question)
+            case _:
+                return None
+
     async def stop(self, grace_s: float) -> None:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.stop, grace_s)
@@ -119,6 +130,12 @@ class LlmActor:
         assert self._thread is not None
         await self._room.acquire()
         self._thread.put(self._scheduler_epoch or Epoch(0), work)
+
+    async def _in_step_thread(self, work: Callable[[], None]) -> None:
+        """Between two steps."""
+        aside = Aside(work)
+        await self._put(aside)
+        await asyncio.wrap_future(aside.done)
 
     def _finished(self, epoch: Epoch, work: Work, result: StepResult | None) -> None:
         self._room.release()

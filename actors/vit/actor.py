@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import NamedTuple, Protocol, TypeVar, assert_never
 
+from vlmrt.actors.models.torch_profile import TorchProfiler
 from vlmrt.actors.vit.batcher import EncodeQueue
 from vlmrt.actors.vit.encoder import Answer, EncodeBatch
 from vlmrt.actors.vit.loading import load_encoder
@@ -30,6 +31,8 @@ from vlmrt.runtime.messages import (
     VitInbox,
     VitReady,
 )
+from vlmrt.runtime.profiling import ProfileSession
+from vlmrt.runtime.questions import Finding, Question, StartProfile, StopProfile
 
 SCHEDULER = ActorName("scheduler:0")
 MAX_QUEUED = 4096
@@ -91,6 +94,7 @@ class VitActor:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
         self._restore_executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="restore")
         self._encoder: BatchEncoder | None = None
+        self._profile = ProfileSession(lambda: TorchProfiler(context.device), self._in_tower_thread)
 
     async def start(self) -> VitReady:
         loop = asyncio.get_running_loop()
@@ -138,6 +142,13 @@ class VitActor:
                     self._refuse(message.encode_id, "nobody waits for this image any more", 499, "cancelled")
             case _:
                 assert_never(message)
+
+    async def answer(self, question: Question) -> Finding | None:
+        match question:
+            case StartProfile() | StopProfile():
+                return await self._profile.answer(question)
+            case _:
+                return None
 
     async def stop(self, grace_s: float) -> None:
         self._forget_queued()
@@ -218,6 +229,10 @@ class VitActor:
                 return result.result()
             if time.monotonic() - encoder.beat_s > limit_s:
                 raise EncodeStuck(f"the tower has not moved for {limit_s:g} s (step_timeout_s)")
+
+    async def _in_tower_thread(self, work: Callable[[], None]) -> None:
+        """Between two pieces of its work."""
+        await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
     def _count(self, num_images: int, answers: Sequence[Answer], seconds: float) -> None:
         metrics = self._context.metrics
