@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import zmq
 
 from vlmrt.runtime.admin_desk import AdminDesk
-from vlmrt.runtime.admin_keys import ZAP_DOMAIN, DoorKeeper, ServerKeys
+from vlmrt.runtime.admin_keys import ZAP_DOMAIN, DoorKeeper, ServerKeys, bindable
 from vlmrt.runtime.admin_messages import (
     MAX_REQUEST_BYTES,
     AdminDecoder,
@@ -59,16 +59,16 @@ class AdminSocket:
         self._tasks: set[asyncio.Task[None]] = set()
         self._stats: tuple[StatsReply, bytes] | None = None  # the last one, and as bytes
         self._socket = context.socket(zmq.ROUTER)
-        self._set_options(keys)
+        self._set_options(address, keys)
         try:
-            self._socket.bind(address.removesuffix(":0") + ":*" if address.endswith(":0") else address)
+            self._socket.bind(bindable(address) if address.startswith("tcp:") else address)
         except zmq.ZMQError as error:
             self._socket.close()
             raise StartupError(f"--admin-address {address}: cannot listen there: {error.strerror}") from None
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
         self._pump = FramePump(self._socket, self._deliver)
 
-    def _set_options(self, keys: ServerKeys | None) -> None:
+    def _set_options(self, address: str, keys: ServerKeys | None) -> None:
         options = {
             zmq.LINGER: 0,
             zmq.SNDHWM: _CHANNEL_BOUND,
@@ -78,7 +78,7 @@ class AdminSocket:
             zmq.HANDSHAKE_IVL: _HANDSHAKE_MS,
             zmq.HEARTBEAT_IVL: _HEARTBEAT_MS,
             zmq.HEARTBEAT_TIMEOUT: _HEARTBEAT_TIMEOUT_MS,
-            zmq.IPV6: 1,
+            zmq.IPV6: int("[" in address),
         }
         if keys is not None:
             options |= {zmq.CURVE_SERVER: 1}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -50,7 +51,7 @@ def server_keys(options: AdminOptions) -> ServerKeys | None:
             if value is not None:
                 raise StartupError(f"{option} {value}: is for --admin-address, which is not given")
         return None
-    check_address(options.address)
+    bindable(options.address)
     if (options.keys is None) == (options.token_file is None):
         raise StartupError(
             f"--admin-address {options.address}: whoever reaches it could steer the service; give --admin-keys DIR "
@@ -80,15 +81,24 @@ def client_keys(keys: str | None, token_file: str | None) -> ClientKeys | None:
     return ClientKeys(read_key(Path(keys) / SERVER_PUBLIC, "--keys"), zmq.curve_public(secret), secret)
 
 
-def check_address(address: str) -> None:
-    """Raises StartupError unless it is tcp://HOST:PORT, where port 0 means any free one."""
+def bindable(address: str) -> str:
+    """tcp://HOST:PORT as ZeroMQ binds it: HOST as a number, * in place of port 0.
+
+    Raises StartupError if it is no such address, or its host is unknown.
+    """
     try:
         parts = urlsplit(address)
-        right = parts.scheme == "tcp" and bool(parts.hostname) and parts.port is not None and not parts.path
+        host, port = parts.hostname, parts.port
     except ValueError:
-        right = False
-    if not right:
+        host, port = None, None
+    if not host or port is None or address.lower() not in (f"tcp://{host}:{port}", f"tcp://[{host}]:{port}"):
         raise StartupError(f"--admin-address {address}: must be tcp://HOST:PORT")
+    try:
+        family, _, _, _, found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise StartupError(f"--admin-address {address}: {error.strerror}") from None
+    number = f"[{found[0]}]" if family == socket.AF_INET6 else found[0]
+    return f"tcp://{number}:{port or '*'}"
 
 
 def token_secrets(token: bytes) -> tuple[bytes, bytes]:
