@@ -35,7 +35,8 @@ class OpenAnswer:
         self.answer_id, self._answer, self.streams = answer_id, answer, streams
 
     def has_id(self, id: str) -> bool:
-        return id in (self.label, self.answer_id) or (self._answer is not None and id in self._answer.request_ids)
+        request_ids = () if self._answer is None else self._answer.request_ids
+        return bool(id) and id in (self.label, self.answer_id, *request_ids)
 
     def cancel(self) -> None:
         """End it with an error: as the answer's own, or out of whatever it waits for before there is one."""

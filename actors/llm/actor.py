@@ -14,6 +14,7 @@ from typing import Any, assert_never
 
 from vlmrt.actors.llm.rank import load_rank
 from vlmrt.actors.llm.step_thread import Aside, EndOfEpoch, OpenedSlab, Rank, StepThread, Work
+from vlmrt.actors.models.gpu_memory import watch_held_memory
 from vlmrt.actors.models.torch_profile import TorchProfiler
 from vlmrt.runtime.actor import ActorContext
 from vlmrt.runtime.errors import ChannelFull, VlmrtError
@@ -73,6 +74,9 @@ class LlmActor:
         self._unsent = loop.create_future()
         ready = await asyncio.wrap_future(self._thread.ready)
         self._context.create_task(self._watch(self._thread, self._unsent), "step watch")
+        if self._context.device != "cpu":
+            told = partial(self._context.metrics.set, "device_memory_bytes")
+            self._context.create_task(watch_held_memory(self._context.device, 0, told), "memory")
         return ready
 
     async def peer_up(self, peer: PeerUp) -> None:

@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import NamedTuple, Protocol, TypeVar, assert_never
 
+from vlmrt.actors.models.gpu_memory import watch_held_memory
 from vlmrt.actors.models.torch_profile import TorchProfiler
 from vlmrt.actors.vit.batcher import EncodeQueue
 from vlmrt.actors.vit.encoder import Answer, EncodeBatch
@@ -33,6 +35,7 @@ from vlmrt.runtime.messages import (
 )
 from vlmrt.runtime.profiling import ProfileSession
 from vlmrt.runtime.questions import Finding, Question, StartProfile, StopProfile
+from vlmrt.runtime.slab import slab_bytes
 
 SCHEDULER = ActorName("scheduler:0")
 MAX_QUEUED = 4096
@@ -101,6 +104,10 @@ class VitActor:
         self._encoder = await loop.run_in_executor(self._executor, self._load, self._context)
         self._context.create_task(self._encode_forever(self._encoder), "encode")
         self._context.create_task(self._restore_forever(self._encoder), "restore")
+        if self._context.device != "cpu":
+            export, told = self._encoder.export, partial(self._context.metrics.set, "device_memory_bytes")
+            num_bytes = slab_bytes(export.num_pages, export.page_rows, export.width, export.dtype)
+            self._context.create_task(watch_held_memory(self._context.device, num_bytes, told), "memory")
         return VitReady(self._encoder.export, self._encoder.num_host_pages)
 
     async def peer_up(self, peer: PeerUp) -> None:
