@@ -29,6 +29,7 @@ from vlmrt.runtime.admin_messages import (
     GetConfig,
     GetRequests,
     GetStats,
+    GetTrace,
     LevelReply,
     ProfileReply,
     Refused,
@@ -36,6 +37,7 @@ from vlmrt.runtime.admin_messages import (
     ResetCaches,
     SetLevel,
     StatsReply,
+    TraceReply,
 )
 from vlmrt.runtime.asks import Asks
 from vlmrt.runtime.config import Config
@@ -51,6 +53,7 @@ from vlmrt.runtime.questions import (
     Done,
     EmptyCaches,
     Finding,
+    FindTimeline,
     ListRequests,
     LogLevel,
     Profiling,
@@ -60,6 +63,7 @@ from vlmrt.runtime.questions import (
     ShowCaches,
     StartProfile,
     StopProfile,
+    TimelineFound,
     Unable,
 )
 from vlmrt.runtime.request_rows import merge_requests
@@ -146,6 +150,8 @@ class AdminDesk:
                 return await self._drain(stop=request.stop)
             case EndDrain():
                 return await self._undrain()
+            case GetTrace():
+                return await self._trace(request.id)
             case GetConfig():
                 return ConfigReply(config_values(self._config), self._config.origins)
             case SetLevel():
@@ -171,6 +177,14 @@ class AdminDesk:
             silent = [found.message for found in findings.values() if isinstance(found, Unable)]
             return Refused("; ".join((f"no open request has the id {id}", *silent)))
         return CancelReply(num_answers)
+
+    async def _trace(self, id: str) -> AdminReply:
+        findings = await self._ask_all("edge", FindTimeline(id))
+        for edge, found in findings.items():
+            if isinstance(found, TimelineFound) and found.timeline is not None:
+                return TraceReply(found.timeline, edge, time.monotonic())
+        silent = [found.message for found in findings.values() if isinstance(found, Unable)]
+        return Refused("; ".join((f"no request of the id {id} is open, or among the last that ended", *silent)))
 
     async def _set_level(self, request: SetLevel) -> AdminReply:
         if request.actor and request.actor != SUPERVISOR and request.actor not in self._table.processes:

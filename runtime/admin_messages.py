@@ -16,6 +16,7 @@ from msgspec import Struct
 from vlmrt.runtime.codec import BadFrame
 from vlmrt.runtime.questions import CacheKind, CachesShown, LogLevel, Profiling
 from vlmrt.runtime.service_stats import ServiceStats
+from vlmrt.runtime.timeline import Timeline
 
 ADMIN_PROTOCOL = 1
 MAX_REQUEST_BYTES = 16 << 10
@@ -76,6 +77,12 @@ class EndDrain(Request, frozen=True):
     """Take new requests again.  Answered by DrainReply."""
 
 
+class GetTrace(Request, frozen=True):
+    """Where the time of a request went, by x-request-id or answer id.  Answered by TraceReply."""
+
+    id: Id
+
+
 class GetConfig(Request, frozen=True):
     """Answered by ConfigReply."""
 
@@ -108,6 +115,7 @@ AdminRequest = (
     | ResetCaches
     | BeginDrain
     | EndDrain
+    | GetTrace
     | GetConfig
     | SetLevel
     | BeginProfile
@@ -171,6 +179,12 @@ class DrainReply(Reply, frozen=True):
     num_open: int | None  # None: an edge did not say
 
 
+class TraceReply(Reply, frozen=True):
+    timeline: Timeline
+    edge: str
+    now_s: float  # of the monotonic clock
+
+
 class ConfigReply(Reply, frozen=True):
     """Values by dotted name, secrets left out; origins by the option's name, "max-num-seqs"."""
 
@@ -197,6 +211,7 @@ AdminReply = (
     | CancelReply
     | CachesReply
     | DrainReply
+    | TraceReply
     | ConfigReply
     | LevelReply
     | ProfileReply

@@ -15,6 +15,7 @@ from vlmrt.runtime.questions import (
     Done,
     EmptyCaches,
     Finding,
+    FindTimeline,
     ListRequests,
     Question,
     SetLogLevel,
@@ -68,7 +69,7 @@ class Answerer:
                 return Done()
             case StartProfile() | StopProfile():
                 return await self._profile.answer(question)
-            case ListRequests() | CancelRequest() | ShowCaches() | EmptyCaches():
+            case ListRequests() | CancelRequest() | FindTimeline() | ShowCaches() | EmptyCaches():
                 return Unable("this actor knows nothing of that")
             case _:
                 assert_never(question)

@@ -17,6 +17,7 @@ import msgspec
 
 from vlmrt.runtime.errors import WireError
 from vlmrt.runtime.questions import CacheKind, Finding, Question
+from vlmrt.runtime.timeline import Span
 
 PROTOCOL_VERSION = 4
 
@@ -196,6 +197,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     finish_reason: FinishReason | None = None
     error: WireError | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()  # as many as token_ids, or none where they are not asked for
+    spans: tuple[Span, ...] = ()  # known since the last ones: with the first token, and with the end
 
 
 class TokenBatch(Message, frozen=True):
@@ -274,6 +276,8 @@ class PixelsReady(Message, frozen=True):
     mm_hash: MmHash
     pixels: ArenaRef
     shape: tuple[int, int, int, int]
+    begin_s: float  # when its decoder was called and came back, by the monotonic clock
+    end_s: float
 
 
 class DecodeFailed(Message, frozen=True):
@@ -328,6 +332,8 @@ class EmbedsReady(Message, frozen=True):
 
     encode_id: int
     num_rows: int
+    begin_s: float  # of its batch, or of its restore, by the monotonic clock
+    end_s: float
 
 
 class EncodeFailed(Message, frozen=True):

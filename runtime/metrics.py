@@ -61,7 +61,31 @@ METRICS: Mapping[str, Metric] = {
     "requests_aborted_total": Metric("counter", "Requests given up by their client or their edge."),
     "time_to_first_token_seconds": Metric("histogram", "From the request's arrival to its first token.", SECONDS),
     "inter_token_latency_seconds": Metric("histogram", "Between two tokens of one request.", SECONDS),
+    "max_inter_token_gap_seconds": Metric("histogram", "The longest time between two tokens of a request.", SECONDS),
     "e2e_request_latency_seconds": Metric("histogram", "From the request's arrival to its end.", SECONDS),
+    "request_queue_time_seconds": Metric(
+        "histogram", "From the scheduler's hearing of a request to the first step that works for it.", SECONDS
+    ),
+    "request_prefill_time_seconds": Metric("histogram", "From that step to the request's first token.", SECONDS),
+    "request_decode_time_seconds": Metric("histogram", "From the request's first token to its last.", SECONDS),
+    "request_prompt_tokens": Metric("histogram", "Prompt tokens of a request that was answered.", TOKEN_COUNTS),
+    "request_generation_tokens": Metric("histogram", "Tokens generated for a request.", TOKEN_COUNTS),
+    "prompt_seconds": Metric("histogram", "Chat template and tokenizer, for a request's prompt.", SECONDS),
+    "media_fetch_seconds": Metric("histogram", "Getting the bytes of one image or clip.", SECONDS),
+    "media_hash_seconds": Metric(
+        "histogram", "Hashing one image and reading its header, or finding out what is in one clip.", SECONDS
+    ),
+    "media_wait_seconds": Metric(
+        "histogram", "From the scheduler's hearing of a request to the rows of its last image.", SECONDS
+    ),
+    "decode_wait_seconds": Metric(
+        "histogram", "From the scheduler's hearing of a request to the start of an image's decoding.", SECONDS
+    ),
+    "encode_wait_seconds": Metric("histogram", "From an image's pixels to its forward in the vision tower.", SECONDS),
+    "hand_off_seconds": Metric(
+        "histogram", "From an image's rows to the step of the language model that reads them.", SECONDS
+    ),
+    "restore_seconds": Metric("histogram", "Copying the rows of images back from host memory.", SECONDS),
     "images_encoded_total": Metric("counter", "Images that went through the vision tower."),
     "vit_batch_images": Metric("histogram", "Images in one forward of the vision tower.", IMAGE_COUNTS),
     "encode_seconds": Metric("histogram", "One forward of the vision tower.", SECONDS),
@@ -117,6 +141,25 @@ def _escape(value: str) -> str:
     return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
+class HistogramSeries:
+    """The values of one series, counted.  Safe from any thread."""
+
+    __slots__ = ("_lock", "bounds", "counts", "total")
+
+    def __init__(self, bounds: tuple[float, ...], lock: threading.Lock) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+        self._lock = lock
+
+    def observe(self, value: float) -> None:
+        """Count a value in its bucket: the first whose bound is not below it."""
+        bucket = bisect_left(self.bounds, value)
+        with self._lock:
+            self.counts[bucket] += 1
+            self.total += value
+
+
 class Metrics:
     """This actor's metrics.  Safe from any thread; a snapshot costs one copy.  Unknown names are a ValueError."""
 
@@ -124,7 +167,7 @@ class Metrics:
         self._lock = threading.Lock()
         self._counters: dict[str, float] = {}
         self._gauges: dict[str, float] = {}
-        self._histograms: dict[str, tuple[tuple[float, ...], list[int], list[float]]] = {}
+        self._histograms: dict[str, HistogramSeries] = {}
 
     def add(self, name: str, amount: float = 1.0, **labels: str) -> None:
         """Count up.  Raises ValueError if the name is no counter or the amount is negative."""
@@ -142,20 +185,22 @@ class Metrics:
         with self._lock:
             self._gauges[key] = value
 
-    def observe(self, name: str, value: float, bounds: tuple[float, ...] | None = None, **labels: str) -> None:
-        """Count a value in its bucket: the first whose bound is not below it.  Buckets are METRICS' unless given.
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        """Count a value in its bucket: the first whose bound is not below it.
 
-        Raises ValueError if the name is no histogram, or if its bounds differ from earlier ones.
+        Raises ValueError if the name is no histogram.
         """
-        bounds = bounds or _check(name, "histogram").bounds
-        _check(name, "histogram")
+        self.histogram(name, **labels).observe(value)
+
+    def histogram(self, name: str, **labels: str) -> HistogramSeries:
+        """One series by itself, for who observes often.  Raises ValueError if the name is no histogram."""
+        bounds = _check(name, "histogram").bounds
         key = series_key(name, labels)
         with self._lock:
-            known, counts, total = self._histograms.setdefault(key, (bounds, [0] * (len(bounds) + 1), [0.0]))
-            if known != bounds:
-                raise ValueError(f"histogram {name} has bounds {known}, not {bounds}")
-            counts[bisect_left(bounds, value)] += 1
-            total[0] += value
+            series = self._histograms.get(key)
+            if series is None:
+                series = self._histograms[key] = HistogramSeries(bounds, self._lock)
+        return series
 
     def snapshot(self) -> MetricsSnapshot:
         with self._lock:
@@ -163,8 +208,9 @@ class Metrics:
                 counters=dict(self._counters),
                 gauges=dict(self._gauges),
                 histograms={
-                    key: Histogram(bounds, tuple(counts), total[0])
-                    for key, (bounds, counts, total) in self._histograms.items()
+                    key: Histogram(series.bounds, tuple(series.counts), series.total)
+                    for key, series in self._histograms.items()
+                    if series.total or any(series.counts)
                 },
             )
 

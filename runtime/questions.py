@@ -10,6 +10,8 @@ from typing import Literal
 
 from msgspec import Struct
 
+from vlmrt.runtime.timeline import Timeline
+
 LogLevel = Literal["debug", "info", "warning", "error"]
 CacheKind = Literal["prefix", "embedding"]  # of keys and values; of images' rows and the names given to images
 MAX_ROWS = 1024  # of requests in one finding
@@ -28,6 +30,12 @@ class ListRequests(Struct, frozen=True, tag=True):
 
 class CancelRequest(Struct, frozen=True, tag=True):
     """To an edge: end this answer with an error.  `id` is the client's x-request-id or the answer's own id."""
+
+    id: str
+
+
+class FindTimeline(Struct, frozen=True, tag=True):
+    """To an edge: where the time of this request went, open or ended.  `id` as that of CancelRequest."""
 
     id: str
 
@@ -53,7 +61,9 @@ class StopProfile(Struct, frozen=True, tag=True):
     pass
 
 
-Question = SetLogLevel | ListRequests | CancelRequest | ShowCaches | EmptyCaches | StartProfile | StopProfile
+Question = (
+    SetLogLevel | ListRequests | CancelRequest | FindTimeline | ShowCaches | EmptyCaches | StartProfile | StopProfile
+)
 
 
 # ---------------------------------------------------------------- findings
@@ -116,6 +126,12 @@ class Cancelled(Struct, frozen=True, tag=True):
     num_answers: int
 
 
+class TimelineFound(Struct, frozen=True, tag=True):
+    """None: the edge knows, or remembers, no request of that id."""
+
+    timeline: Timeline | None
+
+
 class Tier(Struct, frozen=True):
     """Blocks of the KV cache, or pages of a slab, on the device or in host memory."""
 
@@ -140,4 +156,4 @@ class Profiling(Struct, frozen=True, tag=True):
     seconds: float
 
 
-Finding = Done | Unable | AnswersOpen | RequestsOpen | Cancelled | CachesShown | Profiling
+Finding = Done | Unable | AnswersOpen | RequestsOpen | Cancelled | TimelineFound | CachesShown | Profiling

@@ -31,6 +31,7 @@ from vlmrt.actors.edge.responses_api import ResponsesEndpoint
 from vlmrt.actors.edge.sampling import SamplingDefaults
 from vlmrt.actors.edge.scheduler_link import SchedulerLink, unavailable
 from vlmrt.actors.edge.served_model import ServedModel, system_fingerprint
+from vlmrt.actors.edge.timelines import Timelines
 from vlmrt.actors.edge.tokenization import TokenizationEndpoint
 from vlmrt.actors.edge.tools import CALL_BEGIN, CALL_END, call_tags
 from vlmrt.actors.models.config import (
@@ -58,7 +59,7 @@ from vlmrt.runtime.messages import (
     Probed,
     ServiceStatus,
 )
-from vlmrt.runtime.questions import CancelRequest, Finding, ListRequests, Question
+from vlmrt.runtime.questions import CancelRequest, Finding, FindTimeline, ListRequests, Question, TimelineFound
 
 NUM_THREADS = 2  # hashing, tokenizing long prompts, base64
 BACKLOG = 1024
@@ -80,6 +81,7 @@ class EdgeActor:
         self._open_answers = OpenAnswers()
         probe_timeout_s = PROBE_PATIENCE * context.config.video.group_timeout_s
         self._prober = ClipProber(context.outbox, context.metrics, probe_timeout_s)
+        self.timelines = Timelines(context.name, context.metrics)
         self._health = Health(context.config.supervision.heartbeat_timeout_s)
         self._budget = MediaBudget(context.config.server.max_media_mib << 20)
         self._executor = ThreadPoolExecutor(NUM_THREADS, "edge")
@@ -162,7 +164,14 @@ class EdgeActor:
         forms = AnswerForms(checker, call_tags(prompts.tokenizer))
         generator = Generator(self._link, vocabulary, config.scheduling, metrics)
         responder = Responder(
-            config.server, self._link, self._budget, generator, self._open_answers, metrics, self._write_timeout_s
+            config.server,
+            self._link,
+            self._budget,
+            generator,
+            self._open_answers,
+            self.timelines,
+            metrics,
+            self._write_timeout_s,
         )
         identity = f"{config.model.directory}@{config.model.revision}"
         chat_prompts = ChatPrompts(
@@ -224,6 +233,8 @@ class EdgeActor:
                 return self._open_answers.shown()
             case CancelRequest():
                 return self._open_answers.cancel(question.id)
+            case FindTimeline():
+                return TimelineFound(self.timelines.find(question.id))
             case _:
                 return None
 

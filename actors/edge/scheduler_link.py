@@ -11,7 +11,7 @@ from typing import assert_never
 from msgspec import Struct
 
 from vlmrt.actors.edge.identify import IdentifiedClip, IdentifiedImage, SentMedium
-from vlmrt.actors.edge.open_requests import RETRY_AFTER_S, ClipKey, OpenRequest
+from vlmrt.actors.edge.open_requests import RETRY_AFTER_S, ClipKey, OpenRequest, Record
 from vlmrt.runtime.actor import Outbox
 from vlmrt.runtime.errors import ChannelFull, RequestError
 from vlmrt.runtime.messages import (
@@ -218,12 +218,18 @@ class SchedulerLink:
 
     @contextmanager
     def submit(
-        self, submit: Submit, media: Iterable[SentMedium], news: asyncio.Event, *, begun: bool = False
+        self,
+        submit: Submit,
+        media: Iterable[SentMedium],
+        news: asyncio.Event,
+        record: Record,
+        *,
+        begun: bool = False,
     ) -> Iterator[OpenRequest]:
         """The request is open inside the block; left before its end, it is aborted, without waiting.
 
-        Args: news is set whenever the request has something to take; begun: it belongs to an answer that is under
-        way, which the edge lets finish even while it takes no new ones.
+        Args: news is set whenever the request has something to take; record is told where its time goes; begun: it
+        belongs to an answer that is under way, which the edge lets finish even while it takes no new ones.
         Raises: RequestError 503 where the scheduler is not up or does not take more.
         """
         if self._scheduler is None or not begun:
@@ -231,7 +237,7 @@ class SchedulerLink:
         assert self._scheduler is not None
         if submit.lookup_id and submit.lookup_id not in self._asked:
             raise unavailable("the scheduler was restarted while the request was looked at")
-        request = OpenRequest(submit.request_id, self._scheduler[1], media, news)
+        request = OpenRequest(submit.request_id, self._scheduler[1], media, news, record)
         self._open[submit.request_id] = request
         self._none_open.clear()
         sent = False

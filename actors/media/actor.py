@@ -151,8 +151,9 @@ class MediaActor:
                 async with self._turn:
                     if self._scheduler is not scheduler:
                         return
+                    begin_s = time.monotonic()
                     pixels = await self._decode(message)
-                    await self._place(message.mm_hash, pixels, scheduler)
+                    await self._place(message.mm_hash, pixels, scheduler, begin_s, time.monotonic())
         except RequestError as error:
             await self._send(DecodeFailed(message.mm_hash, error.to_wire()), scheduler)
 
@@ -196,8 +197,9 @@ class MediaActor:
                     async with self._turn:
                         if self._scheduler is not scheduler:
                             return
+                        begin_s = time.monotonic()
                         pixels = await self._decode_group(message, group)
-                        await self._place(group.mm_hash, pixels, scheduler)
+                        await self._place(group.mm_hash, pixels, scheduler, begin_s, time.monotonic())
                     done += 1
         except RequestError as error:
             for group in message.groups[done:]:
@@ -251,8 +253,11 @@ class MediaActor:
         except TimeoutError:
             raise DecodeStuck(f"{what} is not decoded after {limit_s:g} s (step_timeout_s)") from None
 
-    async def _place(self, mm_hash: MmHash, pixels: Pixels, scheduler: PeerUp) -> None:
-        """Into the arena as soon as there is room.  Raises: RequestError where there is none in time, or never."""
+    async def _place(self, mm_hash: MmHash, pixels: Pixels, scheduler: PeerUp, begin_s: float, end_s: float) -> None:
+        """Into the arena as soon as there is room.  Raises: RequestError where there is none in time, or never.
+
+        Args: begin_s and end_s: of their decoding.
+        """
         if pixels.nbytes > self._arena.num_bytes:
             raise RequestError(
                 f"the image takes {pixels.nbytes} bytes of pixels, more than the {self._arena.num_bytes} set aside",
@@ -271,7 +276,7 @@ class MediaActor:
         self._placed[ref.offset] = ref
         self._show_use()
         frames, height, width = pixels.shape[:3]
-        await self._send(PixelsReady(mm_hash, ref, (frames, height, width, 3)), scheduler)
+        await self._send(PixelsReady(mm_hash, ref, (frames, height, width, 3), begin_s, end_s), scheduler)
 
     async def _send(self, message: Message, scheduler: PeerUp) -> None:
         """Wait for room in the channel, as long as this is the scheduler that asked."""

@@ -34,6 +34,7 @@ from vlmrt.runtime.questions import (
     Done,
     EmptyCaches,
     Finding,
+    FindTimeline,
     ListRequests,
     Profiling,
     Question,
@@ -43,7 +44,9 @@ from vlmrt.runtime.questions import (
     ShowCaches,
     StartProfile,
     StopProfile,
+    TimelineFound,
 )
+from vlmrt.runtime.timeline import Timeline
 from vlmrt.runtime.topology import actor_specs
 from vlmrt.runtime.transport import admin_address, new_context
 
@@ -77,6 +80,7 @@ class AdminWorld:
         self.asked: list[tuple[str, Question]] = []
         self.open_answers: list[AnswerRow] = []
         self.requests: list[RequestRow] = []
+        self.timelines: dict[str, Timeline] = {}
         self.silent: set[str] = set()  # actors that answer nothing
         self.deaf: set[str] = set()  # actors whose channel is full
         self.stops: list[str] = []
@@ -138,6 +142,8 @@ class AdminWorld:
                 before = len(self.open_answers)
                 self.open_answers = [row for row in self.open_answers if question.id not in (row.label, row.answer_id)]
                 return Cancelled(before - len(self.open_answers))
+            case FindTimeline():
+                return TimelineFound(self.timelines.get(question.id))
             case ShowCaches() | EmptyCaches():
                 return CachesShown((), (), 0)
             case SetLogLevel():

@@ -35,17 +35,20 @@ from vlmrt.runtime.admin_messages import (
     GetConfig,
     GetRequests,
     GetStats,
+    GetTrace,
     LevelReply,
     ProfileReply,
     RequestsReply,
     ResetCaches,
     SetLevel,
     StatsReply,
+    TraceReply,
     encode_admin_body,
     encode_admin_header,
 )
 from vlmrt.runtime.config import ApiKey, Config, ModelOptions, ServerOptions
 from vlmrt.runtime.questions import CancelRequest, EmptyCaches, ListRequests, SetLogLevel, StartProfile
+from vlmrt.runtime.timeline import Span, Timeline
 from vlmrt.runtime.transport import Socket
 from vlmrt.tools.admin.client import AdminClient, AdminError, ServiceSilent
 
@@ -223,6 +226,15 @@ async def test_the_config_is_shown_with_its_origins_and_without_secrets(short_di
     assert reply.values["server.api_keys"] == ["blue", "(none)"]
     assert reply.origins == {"max-num-seqs": "flag"}
     assert ApiKey.of("other").digest not in msgspec.msgpack.encode(reply)
+
+
+async def test_a_trace_comes_from_the_edge_that_had_the_request(world: AdminWorld, client: AdminClient) -> None:
+    timeline = Timeline("mine", "/v1/completions", 5.0, 1.7e9, spans=(Span("queue", "scheduler:0", 5.0, 6.0),))
+    world.timelines["mine"] = timeline
+    reply = await client.ask(GetTrace("mine"), TraceReply)
+    assert (reply.timeline, reply.edge) == (timeline, "edge:0")
+    with pytest.raises(AdminError, match="no request of the id other is open, or among the last that ended"):
+        await client.ask(GetTrace("other"), TraceReply)
 
 
 # ---------------------------------------------------------------- draining

@@ -44,9 +44,8 @@ def test_unknown_names_wrong_kinds_and_falling_counters_raise() -> None:
         metrics.add("requests_running")
     with pytest.raises(ValueError, match="cannot go down"):
         metrics.add("preemptions_total", -1)
-    metrics.observe("step_seconds", 0.1)
-    with pytest.raises(ValueError, match="has bounds"):
-        metrics.observe("step_seconds", 0.1, (1.0, 2.0))
+    with pytest.raises(ValueError, match="is a counter, not a histogram"):
+        metrics.observe("preemptions_total", 0.1)
 
 
 def test_every_metric_is_named_and_described_as_prometheus_wants() -> None:
@@ -60,9 +59,19 @@ def test_every_metric_is_named_and_described_as_prometheus_wants() -> None:
 def test_a_value_on_a_bound_falls_below_it() -> None:
     metrics = Metrics()
     for value in (0.5, 1.0, 1.5, 2.0, 99.0):
-        metrics.observe("vit_batch_images", value, (1.0, 2.0))
+        metrics.observe("vit_batch_images", value)
     histogram = metrics.snapshot().histograms["vit_batch_images"]
-    assert (histogram.counts, histogram.total) == ((2, 2, 1), 104.0)
+    assert (histogram.counts[:3], histogram.counts[-1], sum(histogram.counts)) == ((2, 2, 0), 1, 5)
+    assert histogram.total == 104.0
+
+
+def test_a_series_that_nothing_was_counted_in_is_not_in_the_snapshot() -> None:
+    metrics = Metrics()
+    series = metrics.histogram("inter_token_latency_seconds")
+    assert metrics.snapshot().histograms == {}
+    series.observe(0.0)
+    assert metrics.histogram("inter_token_latency_seconds") is series
+    assert sum(metrics.snapshot().histograms["inter_token_latency_seconds"].counts) == 1
 
 
 def test_counts_from_many_threads_are_all_there() -> None:

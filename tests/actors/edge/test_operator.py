@@ -15,7 +15,16 @@ from tests.actors.edge.raw import connection
 from tests.actors.edge.running import MODEL, RunningEdge, edge_config, http, running_edge, service_status
 from tests.actors.edge.test_life import HELLO, STREAM, WHOLE, gone, until
 from vlmrt.runtime.config import ServerOptions
-from vlmrt.runtime.questions import AnswersOpen, Cancelled, CancelRequest, Finding, ListRequests, ShowCaches
+from vlmrt.runtime.questions import (
+    AnswersOpen,
+    Cancelled,
+    CancelRequest,
+    Finding,
+    FindTimeline,
+    ListRequests,
+    ShowCaches,
+    TimelineFound,
+)
 
 CHAT = "/v1/chat/completions"
 
@@ -64,6 +73,25 @@ async def test_a_request_whose_body_is_still_coming_is_shown_without_an_answer(e
         await until(lambda: len(edge.actor._open_answers) == 1)
         (row,) = (await open_answers(edge)).rows
         assert (row.label, row.answer_id, row.request_ids) == ("slow", "", ())
+
+
+async def test_a_request_is_traced_while_it_runs_and_after(edge: RunningEdge) -> None:
+    async with connection(edge.port) as raw:
+        await raw.post(WHOLE, x_request_id="mine")
+        submit = await edge.submitted()
+        found = await edge.actor.answer(FindTimeline(submit.request_id))
+        assert isinstance(found, TimelineFound)
+        assert found.timeline is not None
+        assert (found.timeline.label, found.timeline.end_s) == ("mine", None)
+        assert await cancel(edge, "mine") == Cancelled(1)
+        await raw.head()
+    await gone(edge)
+    found = await edge.actor.answer(FindTimeline("mine"))
+    assert isinstance(found, TimelineFound)
+    assert found.timeline is not None
+    assert (found.timeline.answer_id, found.timeline.outcome) == (submit.request_id, "cancelled")
+    assert found.timeline.end_s is not None
+    assert await edge.actor.answer(FindTimeline("other")) == TimelineFound(None)
 
 
 async def test_what_is_the_schedulers_to_answer_is_not_the_edges(edge: RunningEdge) -> None:
