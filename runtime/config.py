@@ -17,6 +17,7 @@ Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16"]
 GpuSharingChoice = Literal["auto", "mps", "time-slice"]
 VideoReaderChoice = Literal["auto", "decord", "av"]
+LogFormat = Literal["text", "json"]
 VitEngine = Literal["torch", "onnxruntime", "tensorrt"]
 
 
@@ -66,6 +67,7 @@ class ServerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cors_origins: tuple[str, ...] = ()
     admin_routes: bool = False  # cache resets by HTTP
     api_keys: tuple[ApiKey, ...] = ()  # none: whoever reaches the address may use it
+    log_requests: bool = False  # a log line for each request, with nothing of its body
 
     @property
     def is_local(self) -> bool:
@@ -162,4 +164,6 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     supervision: SupervisionOptions = SupervisionOptions()
     admin: AdminOptions = AdminOptions()
     log_level: str = "info"
-    origins: dict[str, str] = {}  # by option, "max-num-seqs": "flag", "environment VLMRT_...", "file ...", "default"
+    log_format: LogFormat = "text"
+    origins: dict[str, str] = {}
+    """Option of `vlmrt launch` without its dashes -> "default", "flag", "environment VLMRT_X" or "file /path"."""

@@ -14,6 +14,7 @@ from aiohttp.typedefs import Middleware
 from msgspec import Struct
 
 import vlmrt
+from vlmrt.actors.edge.access_log import BROKEN, AccessLog
 from vlmrt.actors.edge.anthropic_api import MessagesEndpoint
 from vlmrt.actors.edge.api_keys import TENANT, ApiKeys
 from vlmrt.actors.edge.chat import ChatEndpoint
@@ -193,17 +194,25 @@ def _guard(collaborators: AppCollaborators, origins: OriginPolicy) -> Middleware
     """The outermost middleware: request id, origin, key, and every error as an error body."""
     metrics = collaborators.metrics
     keys = ApiKeys(collaborators.config.server.api_keys)
+    access_log = AccessLog(collaborators.config.server)
 
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         label = request.headers.get(REQUEST_ID, "")
         request[LABEL] = label if _LABEL.fullmatch(label) else secrets.token_hex(16)
+        with access_log.line(request) as line:
+            response = await answer(request, handler)
+            line.status = response.status
+            return response
+
+    async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             origins.check(request)
             request[TENANT] = keys.check(request)
             response = await handler(request)
         except RequestError as error:
-            metrics.add("request_errors_total", code=error.code or str(error.status))
+            request[BROKEN] = error.code or str(error.status)
+            metrics.add("request_errors_total", code=request[BROKEN])
             response = error_response(error, request)
         except web.HTTPException as error:
             if request.method == hdrs.METH_OPTIONS and isinstance(error, web.HTTPMethodNotAllowed):
@@ -213,7 +222,8 @@ def _guard(collaborators: AppCollaborators, origins: OriginPolicy) -> Middleware
         except ConnectionResetError:  # nobody is left to answer
             response = web.Response(status=499)
         except Exception:
-            logger.exception("request %s failed", request[LABEL])
+            logger.exception("a request failed", extra={"request_id": request[LABEL]})
+            request[BROKEN] = "internal_error"
             metrics.add("request_errors_total", code="internal_error")
             response = error_response(RequestError("internal error", status=500, code="internal_error"), request)
         metrics.add("http_requests_total", code=str(response.status))

@@ -104,7 +104,7 @@ class Answer:
         metrics: Metrics,
         timeline: OpenTimeline,
     ) -> None:
-        self._answer_id = answer_id
+        self.answer_id = answer_id
         self._link = link
         self._vocabulary = vocabulary
         self._requests = requests
@@ -137,6 +137,12 @@ class Answer:
             num_image_tokens=sum(prompt.num_image_tokens for prompt in prompts),
             num_video_tokens=sum(prompt.num_video_tokens for prompt in prompts),
         )
+
+    @property
+    def time_to_first_token_s(self) -> float | None:
+        """Since the request arrived; None before that token."""
+        first_s = self._timeline.first_token_s
+        return None if first_s is None else first_s - self._timeline.arrived_s
 
     @property
     def request_ids(self) -> list[RequestId]:
@@ -196,7 +202,7 @@ class Answer:
         is_last = number == generation.num_choices - 1
         sampling = generation.rule.sampling
         submit = Submit(
-            request_id=RequestId(f"{self._answer_id}-{index}" if index else self._answer_id),
+            request_id=RequestId(f"{self.answer_id}-{index}" if index else self.answer_id),
             prompt_token_ids=generation.prompt.token_ids,
             media=generation.prompt.media,
             rope_delta=generation.prompt.rope_delta,

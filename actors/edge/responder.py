@@ -13,6 +13,7 @@ from typing import Protocol
 from aiohttp import web
 from msgspec import Struct
 
+from vlmrt.actors.edge.access_log import ANSWER, BROKEN
 from vlmrt.actors.edge.body import read_json_body
 from vlmrt.actors.edge.choice import Piece
 from vlmrt.actors.edge.error_answers import LABEL
@@ -137,6 +138,7 @@ class Responder:
                 _deadline(answer, timeline.arrived_s + timeout_s, timeout_s),
             ):
                 opened.begin(prepared.answer_id, answer, streams=prepared.stream)
+                request[ANSWER] = answer
                 if prepared.stream:
                     return await self._stream(request, prepared, answer, timeline)
                 return await self._whole(prepared, answer)
@@ -160,7 +162,7 @@ class Responder:
             except RequestError as error:
                 if not stream.begun:
                     raise
-                timeline.outcome = error.code or str(error.status)
+                timeline.outcome = request[BROKEN] = error.code or str(error.status)
                 self._metrics.add("request_errors_total", code=timeline.outcome)
                 await stream.write(prepared.format.failed(error))
             except ConnectionError:
@@ -168,8 +170,10 @@ class Responder:
             except Exception:
                 if not stream.begun:
                     raise
-                logger.exception("%s failed while it was streamed", prepared.answer_id)
-                timeline.outcome = "internal_error"
+                logger.exception(
+                    "%s failed while it was streamed", prepared.answer_id, extra={"request_id": request[LABEL]}
+                )
+                timeline.outcome = request[BROKEN] = "internal_error"
                 self._metrics.add("request_errors_total", code="internal_error")
                 internal = RequestError("internal error", status=500, code="internal_error")
                 await stream.write(prepared.format.failed(internal))
