@@ -43,9 +43,10 @@ class ServiceSilent(AdminError):
 class AdminClient:
     """Made inside a running event loop; `async with AdminClient(address) as client: ...` or close()."""
 
-    def __init__(self, address: str, keys: ClientKeys | None = None) -> None:
+    def __init__(self, address: str, keys: ClientKeys | None = None, timeout_s: float = TIMEOUT_S) -> None:
         """Connects in the background.  Raises AdminError if the address is none."""
         self.address = address
+        self._timeout_s = timeout_s
         self._decoder = AdminDecoder[AdminReply](AdminReply)
         self._asked: dict[int, asyncio.Future[AdminReply]] = {}
         self._last_id = 0
@@ -73,8 +74,9 @@ class AdminClient:
             raise AdminError(f"--address {address}: {error.strerror}") from None
         self._pump = FramePump(self._socket, self._deliver)
 
-    async def ask(self, request: Request, kind: type[Expected], timeout_s: float = TIMEOUT_S) -> Expected:
+    async def ask(self, request: Request, kind: type[Expected], timeout_s: float | None = None) -> Expected:
         """The reply.  Raises AdminError where it is Refused or of another kind, ServiceSilent where none comes."""
+        timeout_s = timeout_s or self._timeout_s
         deadline_s = time.monotonic() + timeout_s
         self._last_id += 1
         ask_id = self._last_id
