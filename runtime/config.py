@@ -148,6 +148,15 @@ class SupervisionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     fault_hooks: bool = False  # tests only: see runtime/faults.py
 
 
+class AdminOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How `vlmrt admin` reaches the supervisor, beside the socket in the run directory; secrets stay in their files."""
+
+    address: str | None = None  # tcp://HOST:PORT; needs one of the two below
+    keys: str | None = None  # directory with the server's CURVE keys and those of its clients
+    token_file: str | None = None  # one line, which both sides make their keys of
+    profile_directory: str = "vlmrt-profiles"
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: ModelOptions
     server: ServerOptions = ServerOptions()
@@ -156,6 +165,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     memory: MemoryOptions = MemoryOptions()
     parallel: ParallelOptions = ParallelOptions()
     supervision: SupervisionOptions = SupervisionOptions()
+    admin: AdminOptions = AdminOptions()
     log_level: str = "info"
     log_format: LogFormat = "text"
     origins: dict[str, str] = {}

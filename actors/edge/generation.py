@@ -146,6 +146,17 @@ class Answer:
         )
 
     @property
+    def time_to_first_token_s(self) -> float | None:
+        """Since the request arrived; None before that token."""
+        first_s = self._timeline.first_token_s
+        return None if first_s is None else first_s - self._timeline.arrived_s
+
+    @property
+    def request_ids(self) -> list[RequestId]:
+        """At the scheduler, of the choices that have begun."""
+        return [run.request.request_id for run in self._runs]
+
+    @property
     def _counts(self) -> Usage:
         return Usage(
             num_prompt_tokens=sum(len(first.generation.prompt.token_ids) for first in self._firsts),

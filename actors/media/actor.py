@@ -43,6 +43,7 @@ from vlmrt.runtime.messages import (
     SchedulerReady,
     ServiceStatus,
 )
+from vlmrt.runtime.questions import Finding, Question
 from vlmrt.runtime.shared_memory import PixelArena
 
 NUM_THREADS = 2  # the decoders let go of the interpreter, and so does what resizes
@@ -128,6 +129,10 @@ class MediaActor:
                 self._context.create_task(self._answer_probe(message, sender), name=f"probe {message.probe_id}")
             case _:
                 assert_never(message)
+
+    async def answer(self, question: Question) -> Finding | None:
+        """Nothing that every process cannot answer by itself."""
+        return None
 
     async def stop(self, grace_s: float) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)
