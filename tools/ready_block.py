@@ -14,6 +14,7 @@ from vlmrt.actors.vit.engines.engine_files import MAX_FRAME_PATCHES
 from vlmrt.runtime.config import Config
 from vlmrt.runtime.messages import LlmReady
 from vlmrt.tools import demo
+from vlmrt.tools.chat.command import URL as CHAT_URL
 
 PICTURE = Path(__file__).parent / "red-circle.png"
 QUESTION = "What color is the circle?"
@@ -47,6 +48,7 @@ def ready_entries(config: Config, model: ModelConfig, url: str, started: Started
         ("API key", _keys(config)),
         *_changed(config),
         ("metrics", f"{url}/metrics"),
+        ("chat", "vlmrt chat" if url == CHAT_URL else f"vlmrt chat --url {url}"),
         *_warnings(config, model, started.llm),
     ]
 

@@ -64,7 +64,7 @@ def read_settings(parser: Parser, words: Sequence[str], environment: Mapping[str
     if environment.get(KEYS_VARIABLE) and "api-key" in origins:
         keys = f"environment {KEYS_VARIABLE}"
         origins["api-key"] = keys if origins["api-key"] == "default" else f"{origins['api-key']}, {keys}"
-    return Settings(arguments, origins, path, list(_strays(actions, environment)))
+    return Settings(arguments, origins, path, [*_open_keys(path, origins), *_strays(actions, environment)])
 
 
 def settings_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
@@ -159,6 +159,12 @@ def _file_value(parser: Parser, action: argparse.Action, entry: Entry, path: Pat
         return _checked(parser, action, _text(action, entry.value, place), place)
     values = entry.value if isinstance(entry.value, list) else [entry.value]
     return [_checked(parser, action, _text(action, value, place), place) for value in values]
+
+
+def _open_keys(path: Path | None, origins: Mapping[str, str]) -> Iterator[str]:
+    """A warning where the file has API keys and others may read it."""
+    if path is not None and origins.get("api-key", "").startswith("file") and path.stat().st_mode & 0o044:
+        yield f"{path} has API keys, and other users may read it: chmod 600 {path}"
 
 
 def _place(path: Path, entry: Entry) -> str:

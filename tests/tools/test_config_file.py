@@ -308,6 +308,17 @@ def test_no_key_is_shown_wherever_it_was_said(tmp_path: Path) -> None:
     assert settings(VLMRT_API_KEY=SECRET).origins["api-key"] == "environment VLMRT_API_KEY"
 
 
+def test_a_file_with_keys_that_others_may_read_is_warned_of(tmp_path: Path) -> None:
+    path = file_of(tmp_path, f'api-key = "{SECRET}"')
+    Path(path).chmod(0o640)
+    assert settings("--config", path).warnings == [
+        f"{path} has API keys, and other users may read it: chmod 600 {path}"
+    ]
+    assert settings("--config", path, "--api-key", "other").warnings == []
+    Path(path).chmod(0o600)
+    assert settings("--config", path).warnings == []
+
+
 def test_what_is_shown_is_a_file_that_gives_the_same_options(tmp_path: Path) -> None:
     words = ["--tp", "2", "--served-model-name", 'a"b', "é", "--no-prefix-caching", "--kv-cache-gib", "0.5"]
     first = settings(*words, VLMRT_MAX_NUM_SEQS="7")

@@ -58,6 +58,7 @@ def test_a_pipe_gets_a_line_for_each_stage_and_one_block(capsys: pytest.CaptureF
     assert "  sharing    time-sliced" in lines
     assert "  KV cache   16000 tokens (0.98 GiB), prefix caching on" in lines
     assert f"  metrics    {URL}/metrics" in lines
+    assert f"  chat       vlmrt chat --url {URL}" in lines
     assert text.count("is ready at") == 1
     assert lines[-3:-1] == ["vlmrt: media:0 restarts in 0.5 s", "vlmrt: ready again after 0.5 s"]
 
