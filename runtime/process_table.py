@@ -129,7 +129,7 @@ class ProcessTable:
     def all_up(self) -> bool:
         return all(process.is_up for process in self)
 
-    def status(self, now_s: float, ready: bool) -> ServiceStatus:
+    def status(self, now_s: float, ready: bool, *, uptime_s: float = 0.0, draining: bool = False) -> ServiceStatus:
         return ServiceStatus(
             ready=ready,
             actors=tuple(
@@ -141,8 +141,12 @@ class ProcessTable:
                     num_restarts=p.num_restarts,
                     heartbeat_age_s=max(0.0, now_s - p.last_heartbeat_s),
                     loop_lag_ms=p.loop_lag_ms,
+                    device=p.spec.device,
                 )
                 for p in self
             ),
             metrics={p.spec.name: merge_snapshots(p.finished_metrics, p.live_metrics) for p in self},
+            at_s=now_s,
+            uptime_s=uptime_s,
+            draining=draining,
         )
