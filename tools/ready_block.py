@@ -47,8 +47,8 @@ def ready_entries(config: Config, model: ModelConfig, url: str, started: Started
         ("media", f"data URLs; http(s) {fetching}; files {server.allowed_media_root or 'off'}"),
         ("API key", _keys(config)),
         *_changed(config),
-        ("metrics", f"{url}/metrics"),
-        ("chat", "vlmrt chat" if url == CHAT_URL else f"vlmrt chat --url {url}"),
+        ("chat", _chat(config, url)),
+        ("figures", f"vlmrt admin top, vlmrt admin stats; {url}/metrics for Prometheus"),
         *_warnings(config, model, started.llm),
     ]
 
@@ -125,6 +125,11 @@ def _keys(config: Config) -> str:
     tenants = {key.tenant for key in keys if key.tenant}
     counts = [_count(len(keys), "key"), *([_count(len(tenants), "tenant")] if tenants else [])]
     return f"on ({', '.join(counts)})"
+
+
+def _chat(config: Config, url: str) -> str:
+    command = "vlmrt chat" if url == CHAT_URL else f"vlmrt chat --url {url}"
+    return f"{url}/ in a browser; {command}" if config.server.page else command
 
 
 def _changed(config: Config) -> list[Entry]:
