@@ -50,10 +50,12 @@ def read_settings(parser: Parser, words: Sequence[str], environment: Mapping[str
     path = settings_path(given.get(FILE_FLAG), environment)
     if path is not None:
         for entry in read_settings_file(path):
-            action = _action_of(entry, path, actions)
+            name = _name_of(entry, path, actions)
+            if origins[name] != "default":
+                raise SettingsError(f"{_place(path, entry)}: {name} is there twice")
             if entry.value is not None:
-                setattr(arguments, action.dest, _file_value(parser, action, entry, path))
-                origins[entry.key.replace("_", "-")] = f"file {path}"
+                setattr(arguments, actions[name].dest, _file_value(parser, actions[name], entry, path))
+                origins[name] = f"file {path}"
     for name, variable, text in _variables(actions, environment):
         setattr(arguments, actions[name].dest, _variable_value(parser, actions[name], variable, text))
         origins[name] = f"environment {variable}"
@@ -137,11 +139,11 @@ def flags_given(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
 # ---------------------------------------------------------------- the file
 
 
-def _action_of(entry: Entry, path: Path, actions: Mapping[str, argparse.Action]) -> argparse.Action:
+def _name_of(entry: Entry, path: Path, actions: Mapping[str, argparse.Action]) -> str:
     """Raises: SettingsError for a key that is no option."""
     name = entry.key.replace("_", "-")
     if name in actions:
-        return actions[name]
+        return name
     hint = did_you_mean(name, actions)
     if isinstance(entry.value, dict) and not hint:
         hint = "; keys are those of the flags, in no sections"

@@ -256,6 +256,11 @@ def test_a_wrong_entry_of_yaml_has_its_line_too(tmp_path: Path) -> None:
     assert refused(["--config", path]) == f"{path}, line 3: tp: a number is expected, not a list"
 
 
+def test_a_key_in_both_spellings_is_there_twice(tmp_path: Path) -> None:
+    path = file_of(tmp_path, "max-num-seqs = 1\nmax_num_seqs = 2\n")
+    assert refused(["--config", path]) == f"{path}, line 2: max-num-seqs is there twice"
+
+
 def test_nothing_in_yaml_is_as_left_out(tmp_path: Path) -> None:
     found = settings("--config", file_of(tmp_path, "max-model-len: null\ntp: ~\n", "c.yaml"))
     assert (found.arguments.max_model_len, found.arguments.tp, found.origins["tp"]) == (None, 1, "default")
