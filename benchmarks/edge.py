@@ -23,11 +23,12 @@ from vlmrt.actors.edge.choice import ChoiceRule
 from vlmrt.actors.edge.detokenizer import TextRule, Vocabulary
 from vlmrt.actors.edge.generation import Answer, Generation
 from vlmrt.actors.edge.identify import IdentifiedImage
-from vlmrt.actors.edge.open_requests import OpenRequest
+from vlmrt.actors.edge.open_requests import OpenRequest, Record
 from vlmrt.actors.edge.prompt import Prompt
 from vlmrt.actors.edge.scheduler_link import SchedulerLink
 from vlmrt.actors.edge.served_model import ServedModel
-from vlmrt.runtime.messages import Epoch, Sampling, StopRule, Submit, TokenLogprobs, TokenOutput, Usage
+from vlmrt.actors.edge.timelines import OpenTimeline
+from vlmrt.runtime.messages import ActorName, Epoch, Sampling, StopRule, Submit, TokenLogprobs, TokenOutput, Usage
 from vlmrt.runtime.metrics import Metrics
 from vlmrt.tools.demo import CHECKPOINT
 
@@ -60,9 +61,9 @@ class Link:
 
     @contextmanager
     def submit(
-        self, submit: Submit, images: Iterable[IdentifiedImage], news: asyncio.Event, *, begun: bool
+        self, submit: Submit, images: Iterable[IdentifiedImage], news: asyncio.Event, record: Record, *, begun: bool
     ) -> Iterator[OpenRequest]:
-        self.opened.append(OpenRequest(submit.request_id, Epoch(1), images, news))
+        self.opened.append(OpenRequest(submit.request_id, Epoch(1), images, news, record))
         yield self.opened[-1]
 
 
@@ -74,7 +75,15 @@ async def cpu_us(case: Case, vocabulary: Vocabulary, token_ids: list[list[int]])
     logprobs = (LOGPROBS,) if case.request.logprobs else ()
     with ExitStack() as requests:
         answers = [
-            Answer(f"a{stream}", (generation,), cast(SchedulerLink, link), vocabulary, requests, metrics, 0.0)
+            Answer(
+                f"a{stream}",
+                (generation,),
+                cast(SchedulerLink, link),
+                vocabulary,
+                requests,
+                metrics,
+                OpenTimeline(ActorName("edge:0"), metrics, f"r{stream}", "/"),
+            )
             for stream in range(NUM_STREAMS)
         ]
         forms = [ChatFormat("a", case.request, PROMPT.token_ids, SERVED, vocabulary) for _ in answers]

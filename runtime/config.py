@@ -17,6 +17,7 @@ Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16"]
 GpuSharingChoice = Literal["auto", "mps", "time-slice"]
 VideoReaderChoice = Literal["auto", "decord", "av"]
+LogFormat = Literal["text", "json"]
 VitEngine = Literal["torch", "onnxruntime", "tensorrt"]
 
 
@@ -67,6 +68,9 @@ class ServerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     admin_routes: bool = False  # cache resets by HTTP
     page: bool = True  # at / for browsers
     api_keys: tuple[ApiKey, ...] = ()  # none: whoever reaches the address may use it
+    metrics_compat: Literal["none", "vllm"] = "none"  # vllm: /metrics has the same figures under vLLM's names as well
+    otlp_endpoint: str = ""  # base URL of an OpenTelemetry collector that is sent a span tree per request; "": nobody
+    log_requests: bool = False  # a log line for each request, with nothing of its body
 
     @property
     def is_local(self) -> bool:
@@ -144,6 +148,15 @@ class SupervisionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     fault_hooks: bool = False  # tests only: see runtime/faults.py
 
 
+class AdminOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How `vlmrt admin` reaches the supervisor, beside the socket in the run directory; secrets stay in their files."""
+
+    address: str | None = None  # tcp://HOST:PORT; needs one of the two below
+    keys: str | None = None  # directory with the server's CURVE keys and those of its clients
+    token_file: str | None = None  # one line, which both sides make their keys of
+    profile_directory: str = "vlmrt-profiles"
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: ModelOptions
     server: ServerOptions = ServerOptions()
@@ -152,4 +165,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     memory: MemoryOptions = MemoryOptions()
     parallel: ParallelOptions = ParallelOptions()
     supervision: SupervisionOptions = SupervisionOptions()
+    admin: AdminOptions = AdminOptions()
     log_level: str = "info"
+    log_format: LogFormat = "text"
+    origins: dict[str, str] = {}
+    """Option of `vlmrt launch` without its dashes -> "default", "flag", "environment VLMRT_X" or "file /path"."""

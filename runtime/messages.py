@@ -16,6 +16,8 @@ from typing import Literal, NewType
 import msgspec
 
 from vlmrt.runtime.errors import WireError
+from vlmrt.runtime.questions import CacheKind, Finding, Question
+from vlmrt.runtime.timeline import Span
 
 PROTOCOL_VERSION = 4
 
@@ -25,7 +27,6 @@ ActorName = NewType("ActorName", str)  # "edge:0", "media:0", "scheduler:0", "vi
 Epoch = NewType("Epoch", int)  # the incarnation of an actor; grows with every restart
 
 FinishReason = Literal["stop", "length"]
-CacheKind = Literal["prefix", "embedding"]  # of keys and values; of images' rows and the names given to images
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -196,6 +197,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     finish_reason: FinishReason | None = None
     error: WireError | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()  # as many as token_ids, or none where they are not asked for
+    spans: tuple[Span, ...] = ()  # known since the last ones: with the first token, and with the end
 
 
 class TokenBatch(Message, frozen=True):
@@ -274,6 +276,8 @@ class PixelsReady(Message, frozen=True):
     mm_hash: MmHash
     pixels: ArenaRef
     shape: tuple[int, int, int, int]
+    begin_s: float  # when its decoder was called and came back, by the monotonic clock
+    end_s: float
 
 
 class DecodeFailed(Message, frozen=True):
@@ -328,6 +332,8 @@ class EmbedsReady(Message, frozen=True):
 
     encode_id: int
     num_rows: int
+    begin_s: float  # of its batch, or of its restore, by the monotonic clock
+    end_s: float
 
 
 class EncodeFailed(Message, frozen=True):
@@ -533,6 +539,13 @@ class Heartbeat(Message, frozen=True):
     metrics: MetricsSnapshot
 
 
+class AdminAnswer(Message, frozen=True):
+    """To the AdminAsk of that ask_id."""
+
+    ask_id: int
+    finding: Finding
+
+
 # ---------------------------------------------------------------- supervisor -> actor
 
 
@@ -562,6 +575,13 @@ class Shutdown(Message, frozen=True):
     """End within grace_s: the edge first lets open requests finish for that long."""
 
     grace_s: float
+
+
+class AdminAsk(Message, frozen=True):
+    """To an actor that is up.  Answered once: AdminAnswer, same ask_id."""
+
+    ask_id: int
+    question: Question
 
 
 class ActorStatus(msgspec.Struct, frozen=True, array_like=True):
@@ -605,5 +625,5 @@ SchedulerInbox = (
 )
 VitInbox = Encode | Restore | CancelEncode
 LlmInbox = AttachSlab | DetachSlab | StepPlan
-SupervisorInbox = Hello | Progress | Ready | StartFailed | Heartbeat
-ControlInbox = PeerUp | PeerDown | MemoryTurn | Shutdown | ServiceStatus
+SupervisorInbox = Hello | Progress | Ready | StartFailed | Heartbeat | AdminAnswer
+ControlInbox = PeerUp | PeerDown | MemoryTurn | Shutdown | ServiceStatus | AdminAsk

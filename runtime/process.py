@@ -19,6 +19,7 @@ import uvloop
 
 from vlmrt.runtime.actor import ActorFactory, ActorProcess
 from vlmrt.runtime.errors import StartupError, is_device_fault
+from vlmrt.runtime.logs import set_up_logging
 from vlmrt.runtime.spawner import DEVICE_FAULT, ProcessSpec
 
 _PR_SET_PDEATHSIG = 1
@@ -40,7 +41,7 @@ def main(spec_path: str) -> NoReturn:
     _die_with_parent(spec.parent_pid, spec.actor.name)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    _set_up_logging(spec)
+    set_up_logging(spec.config.log_level, spec.config.log_format, spec.actor.name, spec.epoch)
     listen_socket = None if spec.listen_fd is None else socket.socket(fileno=spec.listen_fd)
     code = CRASHED
     try:
@@ -72,13 +73,6 @@ def _die_with_parent(parent_pid: int, name: str) -> None:
     if os.getppid() != parent_pid:
         sys.exit(0)  # it died before the line above
     libc.prctl(_PR_SET_NAME, f"vlmrt {name}".encode()[:15], 0, 0, 0)
-
-
-def _set_up_logging(spec: ProcessSpec) -> None:
-    logging.basicConfig(
-        level=spec.config.log_level.upper(),
-        format=f"%(asctime)s %(levelname)s {spec.actor.name}: %(message)s",
-    )
 
 
 if __name__ == "__main__":

@@ -9,10 +9,13 @@ import argparse
 import asyncio
 import logging
 import os
+import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from vlmrt.actors.edge.span_export import check_endpoint
 from vlmrt.actors.models.checkpoint_files import check_weight_files
 from vlmrt.actors.models.config import CheckpointError, ImageProcessing, ModelConfig, VideoProcessing
 from vlmrt.actors.models.registry import (
@@ -22,7 +25,9 @@ from vlmrt.actors.models.registry import (
     load_model_config,
     load_video_processing,
 )
+from vlmrt.runtime.admin_keys import server_keys
 from vlmrt.runtime.config import (
+    AdminOptions,
     Config,
     Device,
     Dtype,
@@ -36,11 +41,12 @@ from vlmrt.runtime.config import (
 )
 from vlmrt.runtime.errors import StartupError
 from vlmrt.runtime.host_memory import available_gib
+from vlmrt.runtime.logs import LAUNCH_LOGGER, set_up_logging
 from vlmrt.runtime.supervisor import Supervisor
 from vlmrt.tools.api_keys import read_api_keys
 from vlmrt.tools.devices import num_cuda_devices
 from vlmrt.tools.host_tiers import check_host_memory, embedding_host_cache_gib, kv_host_cache_gib
-from vlmrt.tools.launch_report import LaunchReport
+from vlmrt.tools.launch_report import LaunchReport, LoggedReport
 from vlmrt.tools.model_source import locate_model
 from vlmrt.tools.vit_engines import build_engine_files, engine_directory
 
@@ -48,6 +54,7 @@ MAX_DEFAULT_MODEL_LEN = 32768
 DEFAULT_EMBEDDING_CACHE_GIB = {"cpu": 0.25, "cuda": 2.0}
 CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
 MAX_VIDEO_MIB = 256  # what a message between processes holds
+SUPERVISOR = "supervisor"  # in log lines, where others have the name of an actor
 GIB = 1 << 30
 MIB = 1 << 20
 
@@ -67,24 +74,33 @@ PRESETS = {
 DEFAULT_MAX_NUM_SEQS: dict[Device, int] = {"cpu": 64, "cuda": 256}
 
 
-def launch(arguments: argparse.Namespace) -> int:
-    """Serve until a signal.  Returns the exit status."""
-    logging.basicConfig(
-        level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
+def launch(arguments: argparse.Namespace, origins: Mapping[str, str]) -> int:
+    """Serve until a signal.  Returns the exit status.  origins: see Config."""
+    set_up_logging(arguments.log_level, arguments.log_format, SUPERVISOR)
     try:
-        config, model = build_config(arguments)
+        config, model = build_config(arguments, origins)
         build_engine_files(config)
-        report = LaunchReport(config, model)
+        report = (LoggedReport if config.log_format == "json" else LaunchReport)(config, model)
         return asyncio.run(Supervisor(config, report, num_gpus=num_cuda_devices()).run())
     except (StartupError, CheckpointError) as error:
-        print(f"vlmrt: error: {error}", file=sys.stderr)
+        message = f"{error}{_whence(str(error), origins)}"
+        if arguments.log_format == "json":
+            logging.getLogger(LAUNCH_LOGGER).error("%s", message)
+        else:
+            print(f"vlmrt: error: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
 
 
-def build_config(arguments: argparse.Namespace) -> tuple[Config, ModelConfig]:
+def _whence(message: str, origins: Mapping[str, str]) -> str:
+    """Where the option that an error begins with was said, if that was not the command line."""
+    option = re.match(r"--([a-z0-9-]+)", message)
+    origin = origins.get(option[1], "default") if option is not None else "default"
+    return "" if origin in ("default", "flag") else f" (from {origin})"
+
+
+def build_config(arguments: argparse.Namespace, origins: Mapping[str, str] | None = None) -> tuple[Config, ModelConfig]:
     """Resolve what was left out and check what was given.
 
     Raises: StartupError or CheckpointError, one line naming the flag or file, its value and the bound.
@@ -131,7 +147,10 @@ def build_config(arguments: argparse.Namespace) -> tuple[Config, ModelConfig]:
             start_timeout_s=arguments.start_timeout_s,
             fault_hooks=arguments.fault_hooks,
         ),
+        admin=admin_options(arguments),
         log_level=arguments.log_level,
+        log_format=arguments.log_format,
+        origins=dict(origins or {}),
     )
     check_host_memory(config, available_gib())
     return config, model
@@ -190,6 +209,8 @@ def server_options(arguments: argparse.Namespace) -> ServerOptions:
     root = arguments.allowed_media_root
     if root is not None and not Path(root).is_dir():
         raise StartupError(f"--allowed-media-root {root}: no such directory")
+    if arguments.otlp_endpoint:
+        check_endpoint(arguments.otlp_endpoint)
     return ServerOptions(
         host=arguments.host,
         port=arguments.port,
@@ -202,8 +223,22 @@ def server_options(arguments: argparse.Namespace) -> ServerOptions:
         cors_origins=tuple(arguments.cors_origins),
         admin_routes=arguments.admin_routes,
         page=not arguments.no_page,
+        log_requests=arguments.log_requests,
+        metrics_compat=arguments.metrics_compat,
+        otlp_endpoint=arguments.otlp_endpoint or "",
         api_keys=read_api_keys(arguments.api_key, arguments.api_key_file, os.environ),
     )
+
+
+def admin_options(arguments: argparse.Namespace) -> AdminOptions:
+    options = AdminOptions(
+        address=arguments.admin_address,
+        keys=arguments.admin_keys,
+        token_file=arguments.admin_token_file,
+        profile_directory=str(Path(arguments.profile_dir).resolve()),
+    )
+    server_keys(options)  # the supervisor reads them once more, and keeps them to itself
+    return options
 
 
 def memory_options(

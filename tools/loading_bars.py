@@ -20,6 +20,10 @@ class LoadingBars:
             self._bars = Progress(*columns, console=console, transient=True)
             self._bars.start()
 
+    @property
+    def shown(self) -> bool:
+        return self._bars is not None
+
     def show(self, actor: str, stage: str, done: int, total: int) -> None:
         if self._bars is None:
             return

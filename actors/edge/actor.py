@@ -8,6 +8,7 @@ from pathlib import Path
 
 from aiohttp import hdrs, web
 
+import vlmrt
 from vlmrt.actors.edge.answer_form import AnswerForms
 from vlmrt.actors.edge.anthropic_api import MessagesEndpoint
 from vlmrt.actors.edge.app import MAX_LINE_BYTES, AppCollaborators, build_app
@@ -23,6 +24,7 @@ from vlmrt.actors.edge.grammar import GrammarChecker, load_grammar_tokenizer
 from vlmrt.actors.edge.health import Health
 from vlmrt.actors.edge.identify import ImageIdentifier
 from vlmrt.actors.edge.identify_clip import ClipIdentifier
+from vlmrt.actors.edge.open_answers import OpenAnswers
 from vlmrt.actors.edge.open_requests import MediaBudget
 from vlmrt.actors.edge.prompt import PromptBuilder, load_prompt_builder
 from vlmrt.actors.edge.responder import Responder
@@ -30,6 +32,8 @@ from vlmrt.actors.edge.responses_api import ResponsesEndpoint
 from vlmrt.actors.edge.sampling import SamplingDefaults
 from vlmrt.actors.edge.scheduler_link import SchedulerLink, unavailable
 from vlmrt.actors.edge.served_model import ServedModel, system_fingerprint
+from vlmrt.actors.edge.span_export import TimelineExporter, check_endpoint, collector_exporter
+from vlmrt.actors.edge.timelines import Timelines
 from vlmrt.actors.edge.tokenization import TokenizationEndpoint
 from vlmrt.actors.edge.tools import CALL_BEGIN, CALL_END, call_tags
 from vlmrt.actors.models.config import (
@@ -57,7 +61,9 @@ from vlmrt.runtime.messages import (
     Probed,
     ServiceStatus,
 )
+from vlmrt.runtime.questions import CancelRequest, Finding, FindTimeline, ListRequests, Question, TimelineFound
 from vlmrt.runtime.service_stats import StatsHistory
+from vlmrt.runtime.timeline import Timeline
 
 NUM_THREADS = 2  # hashing, tokenizing long prompts, base64
 BACKLOG = 1024
@@ -76,9 +82,12 @@ class EdgeActor:
         self._resolve = resolve
         self._write_timeout_s = write_timeout_s
         self._link = SchedulerLink(context.outbox)
+        self._open_answers = OpenAnswers()
         probe_timeout_s = PROBE_PATIENCE * context.config.video.group_timeout_s
         self._prober = ClipProber(context.outbox, context.metrics, probe_timeout_s)
         self._stats = StatsHistory()
+        self._exporter: TimelineExporter | None = None
+        self.timelines = Timelines(context.name, context.metrics, self._export)
         self._health = Health(context.config.supervision.heartbeat_timeout_s)
         self._budget = MediaBudget(context.config.server.max_media_mib << 20)
         self._executor = ThreadPoolExecutor(NUM_THREADS, "edge")
@@ -113,6 +122,7 @@ class EdgeActor:
         """Load tokenizer and template, then accept connections.  Raises: StartupError."""
         if self._context.listen_socket is None:
             raise StartupError("the edge has no listening socket")
+        self._begin_telemetry()
         loop = asyncio.get_running_loop()
         app = build_app(await loop.run_in_executor(self._executor, self._load))
         self._runner = EdgeRunner(
@@ -128,6 +138,20 @@ class EdgeActor:
         self._site = web.SockSite(self._runner, self._context.listen_socket, backlog=BACKLOG)
         await self._site.start()
         return EdgeReady()
+
+    def _begin_telemetry(self) -> None:
+        """Raises: StartupError where spans are to be sent and cannot be."""
+        config, version = self._context.config, vlmrt.__version__
+        model, endpoint = config.model.served_names[0], config.server.otlp_endpoint
+        self._context.metrics.set("server_info", 1, device=config.parallel.device, model=model, version=version)
+        if endpoint:
+            check_endpoint(endpoint)
+            exporter = collector_exporter(endpoint)
+            self._exporter = TimelineExporter(exporter, model=model, version=version, actor=self._context.name)
+
+    def _export(self, timeline: Timeline) -> None:
+        if self._exporter is not None:
+            self._exporter.export(timeline)
 
     def _load(self) -> AppCollaborators:
         config = self._context.config
@@ -160,7 +184,16 @@ class EdgeActor:
         checker = GrammarChecker(tokenizer, self._grammar_thread)
         forms = AnswerForms(checker, call_tags(prompts.tokenizer))
         generator = Generator(self._link, vocabulary, config.scheduling, metrics)
-        responder = Responder(config.server, self._link, self._budget, generator, metrics, self._write_timeout_s)
+        responder = Responder(
+            config.server,
+            self._link,
+            self._budget,
+            generator,
+            self._open_answers,
+            self.timelines,
+            metrics,
+            self._write_timeout_s,
+        )
         identity = f"{config.model.directory}@{config.model.revision}"
         chat_prompts = ChatPrompts(
             MediaFetcher(config.server, executor, self._resolve, video=config.video),
@@ -206,7 +239,9 @@ class EdgeActor:
     async def status(self, status: ServiceStatus) -> None:
         self._health.update(status)
         self._stats.add(status)
+        self._link.draining = status.draining
         self._context.metrics.set("media_bytes_in_flight", self._budget.used_bytes)
+        self._context.metrics.set("requests_preparing", self.timelines.num_preparing)
         self._link.retry_unsent()
 
     async def handle(self, message: EdgeInbox, sender: ActorName) -> None:
@@ -215,6 +250,17 @@ class EdgeActor:
                 self._prober.take(message)
             case _:
                 self._link.handle(message)
+
+    async def answer(self, question: Question) -> Finding | None:
+        match question:
+            case ListRequests():
+                return self._open_answers.shown()
+            case CancelRequest():
+                return self._open_answers.cancel(question.id)
+            case FindTimeline():
+                return TimelineFound(self.timelines.find(question.id))
+            case _:
+                return None
 
     async def stop(self, grace_s: float) -> None:
         """Refuse what is new; let open requests finish for grace_s, then end them with an error."""
@@ -228,5 +274,7 @@ class EdgeActor:
         await self._link.drain(CLOSE_S)
         if self._runner is not None:
             await self._runner.cleanup()
+        if self._exporter is not None:
+            await self._exporter.close(CLOSE_S)
         for executor in (self._executor, self._grammar_thread):
             executor.shutdown(wait=False, cancel_futures=True)

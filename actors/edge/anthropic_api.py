@@ -20,6 +20,7 @@ from vlmrt.actors.edge.responder import Prepared, Responder, ignored_fields
 from vlmrt.actors.edge.responses import encode_json
 from vlmrt.actors.edge.scheduler_link import LookUp, SchedulerLink
 from vlmrt.actors.edge.served_model import ServedModel
+from vlmrt.actors.edge.timelines import TIMELINE
 
 
 class MessagesEndpoint:
@@ -52,7 +53,7 @@ class MessagesEndpoint:
         del body
         chat, names = _chat(request, asked)
         with names.restoring():
-            generation = await self._chat.generation(chat, lease, lookup, body_bytes=num_body_bytes)
+            generation = await self._chat.generation(chat, lease, lookup, request[TIMELINE], body_bytes=num_body_bytes)
         answer_id = f"msg_{secrets.token_hex(12)}"
         return Prepared(
             answer_id=answer_id,
@@ -73,7 +74,7 @@ class MessagesEndpoint:
             with names.restoring():
                 self._model.check(chat.model)
                 built = await self._prompts.build(
-                    chat.conversation(chat.tool_use().shown), lease, lookup, body_bytes=num_body_bytes
+                    chat.conversation(chat.tool_use().shown), lease, lookup, None, body_bytes=num_body_bytes
                 )
         count = TokenCount(len(built.prompt.token_ids))
         return web.Response(body=encode_json(count), content_type="application/json", headers=ignored_fields(ignored))

@@ -14,6 +14,7 @@ from aiohttp.typedefs import Middleware
 from msgspec import Struct
 
 import vlmrt
+from vlmrt.actors.edge.access_log import BROKEN, AccessLog
 from vlmrt.actors.edge.anthropic_api import MessagesEndpoint
 from vlmrt.actors.edge.api_keys import TENANT, ApiKeys
 from vlmrt.actors.edge.chat import ChatEndpoint
@@ -30,7 +31,8 @@ from vlmrt.actors.edge.tokenization import TokenizationEndpoint
 from vlmrt.runtime.config import Config
 from vlmrt.runtime.errors import RequestError
 from vlmrt.runtime.messages import PROTOCOL_VERSION
-from vlmrt.runtime.metrics import Metrics, prometheus_text
+from vlmrt.runtime.metrics import Metrics
+from vlmrt.runtime.prometheus import CONTENT_TYPE, prometheus_text
 from vlmrt.runtime.service_stats import StatsHistory
 
 REQUEST_ID = "x-request-id"
@@ -154,9 +156,9 @@ class Routes:
         status = self._with.health.status
         if status is None:
             raise _not_yet("metrics")
-        return web.Response(
-            body=prometheus_text(status), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-        )
+        compat = self._with.config.server.metrics_compat == "vllm"
+        text = prometheus_text(status, self._with.model.names[0] if compat else None)
+        return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})
 
     async def stats(self, request: web.Request) -> web.Response:
         stats = self._with.stats.stats()
@@ -211,17 +213,25 @@ def _guard(collaborators: AppCollaborators, origins: OriginPolicy) -> Middleware
     """The outermost middleware: request id, origin, key, and every error as an error body."""
     metrics = collaborators.metrics
     keys = ApiKeys(collaborators.config.server.api_keys)
+    access_log = AccessLog(collaborators.config.server)
 
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         label = request.headers.get(REQUEST_ID, "")
         request[LABEL] = label if _LABEL.fullmatch(label) else secrets.token_hex(16)
+        with access_log.line(request) as line:
+            response = await answer(request, handler)
+            line.status = response.status
+            return response
+
+    async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             origins.check(request)
             request[TENANT] = keys.check(request)
             response = await handler(request)
         except RequestError as error:
-            metrics.add("request_errors_total", code=error.code or str(error.status))
+            request[BROKEN] = error.code or str(error.status)
+            metrics.add("request_errors_total", code=request[BROKEN])
             response = error_response(error, request)
         except web.HTTPException as error:
             if request.method == hdrs.METH_OPTIONS and isinstance(error, web.HTTPMethodNotAllowed):
@@ -231,7 +241,8 @@ def _guard(collaborators: AppCollaborators, origins: OriginPolicy) -> Middleware
         except ConnectionResetError:  # nobody is left to answer
             response = web.Response(status=499)
         except Exception:
-            logger.exception("request %s failed", request[LABEL])
+            logger.exception("a request failed", extra={"request_id": request[LABEL]})
+            request[BROKEN] = "internal_error"
             metrics.add("request_errors_total", code="internal_error")
             response = error_response(RequestError("internal error", status=500, code="internal_error"), request)
         metrics.add("http_requests_total", code=str(response.status))

@@ -20,6 +20,7 @@ from vlmrt.actors.edge.responder import Prepared, Responder, ignored_fields
 from vlmrt.actors.edge.sampling import SamplingDefaults
 from vlmrt.actors.edge.scheduler_link import LookUp
 from vlmrt.actors.edge.served_model import ServedModel
+from vlmrt.actors.edge.timelines import TIMELINE, OpenTimeline
 
 
 class ChatEndpoint:
@@ -50,7 +51,7 @@ class ChatEndpoint:
         num_body_bytes = len(body)
         del body
         chat = msgspec.structs.replace(chat, cache_salt=tenant_salt(request, chat.cache_salt))
-        generation = await self.generation(chat, lease, lookup, body_bytes=num_body_bytes)
+        generation = await self.generation(chat, lease, lookup, request[TIMELINE], body_bytes=num_body_bytes)
         answer_id = f"chatcmpl-{secrets.token_hex(16)}"
         return Prepared(
             answer_id=answer_id,
@@ -60,7 +61,9 @@ class ChatEndpoint:
             headers=ignored_fields(ignored),
         )
 
-    async def generation(self, chat: ChatRequest, lease: MediaLease, lookup: LookUp, *, body_bytes: int) -> Generation:
+    async def generation(
+        self, chat: ChatRequest, lease: MediaLease, lookup: LookUp, timeline: OpenTimeline, *, body_bytes: int
+    ) -> Generation:
         """What the scheduler is to run for a request that check_chat_request has passed.
 
         Args: body_bytes: of the lease, what is given back once the body is not needed any more.
@@ -76,7 +79,7 @@ class ChatEndpoint:
             room = max_model_len - num_tokens
             return self._sampling.choice_rule(chat, room, chat.num_logprobs, grammar=form.grammar, shape=form.shape)
 
-        built = await self._prompts.build(conversation, lease, lookup, body_bytes=body_bytes, check_size=rule)
+        built = await self._prompts.build(conversation, lease, lookup, timeline, body_bytes=body_bytes, check_size=rule)
         return Generation(
             prompt=built.prompt,
             rule=rule(len(built.prompt.token_ids)),

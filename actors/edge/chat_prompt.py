@@ -17,6 +17,7 @@ from vlmrt.actors.edge.media_parts import ImageSource, MediaSource, VideoSource
 from vlmrt.actors.edge.open_requests import MediaLease
 from vlmrt.actors.edge.prompt import Prompt, PromptBuilder
 from vlmrt.actors.edge.scheduler_link import LookUp
+from vlmrt.actors.edge.timelines import OpenTimeline, span_of
 from vlmrt.actors.edge.tool_prompt import write_tools
 from vlmrt.runtime.errors import RequestError
 from vlmrt.runtime.metrics import Metrics
@@ -58,6 +59,7 @@ class ChatPrompts:
         conversation: Conversation,
         lease: MediaLease,
         lookup: LookUp,
+        timeline: OpenTimeline | None,
         *,
         body_bytes: int,
         check_size: Callable[[int], object] | None = None,
@@ -70,19 +72,21 @@ class ChatPrompts:
         """
         sources = media_sources(conversation.messages, conversation.defaults)
         self._check_counts(sources)
-        identified = await self._identify(sources, conversation.cache_salt, lease)
+        identified = await self._identify(sources, conversation.cache_salt, lease, timeline)
         lease.give_back(min(body_bytes, lease.held_bytes))
         messages, options = template_messages(conversation.messages), conversation.options
         if not self._prompts.reads_tools:
             messages = write_tools(messages, options.tools or ())
             options = msgspec.structs.replace(options, tools=None)
         media: list[PromptMedium] = [medium for medium in identified if medium is not None]
-        token_ids = await self._prompts.tokenize(messages, self._executor, options)
+        with span_of(timeline, "prompt"):
+            token_ids = await self._prompts.tokenize(messages, self._executor, options)
         if len(media) < len(sources):  # what can be refused without the scheduler is, before it is asked for the rest
             if check_size is not None:
                 self._prompts.check(token_ids, [isinstance(source, VideoSource) for source in sources], media)
                 check_size(len(token_ids))
-            media = await self._find_named(sources, identified, conversation.cache_salt, lookup)
+            with span_of(timeline, "look_up"):
+                media = await self._find_named(sources, identified, conversation.cache_salt, lookup)
         prompt = self._prompts.expand(token_ids, media, bounded=check_size is not None)
         return ChatPrompt(prompt, tuple(medium for medium in media if not isinstance(medium, NamedImage)))
 
@@ -97,24 +101,26 @@ class ChatPrompts:
                 raise RequestError(message, param="messages", code=f"too_many_{name}")
 
     async def _identify(
-        self, sources: Sequence[MediaSource], cache_salt: str, lease: MediaLease
+        self, sources: Sequence[MediaSource], cache_salt: str, lease: MediaLease, timeline: OpenTimeline | None
     ) -> list[SentMedium | None]:
         """All media whose bytes were sent, fetched side by side; None for pictures that are only named."""
 
         async def one(source: MediaSource) -> SentMedium | None:
-            if isinstance(source, VideoSource):
-                return await self._identify_clip(source, cache_salt, lease)
-            if not source.url and source.uuid:
+            if isinstance(source, ImageSource) and not source.url and source.uuid:
                 return None
-            encoded = await self._fetcher.fetch(source, lease)
-            return await self._images.identify(
-                encoded,
-                limits=source.limits,
-                cache_salt=cache_salt,
-                param=source.param,
-                executor=self._executor,
-                uuid=source.uuid,
-            )
+            with span_of(timeline, "fetch", source.param):
+                encoded = await self._fetcher.fetch(source, lease)
+            with span_of(timeline, "identify", source.param):
+                if isinstance(source, VideoSource):
+                    return await self._identify_clip(source, encoded, cache_salt)
+                return await self._images.identify(
+                    encoded,
+                    limits=source.limits,
+                    cache_salt=cache_salt,
+                    param=source.param,
+                    executor=self._executor,
+                    uuid=source.uuid,
+                )
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -123,8 +129,7 @@ class ChatPrompts:
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    async def _identify_clip(self, source: VideoSource, cache_salt: str, lease: MediaLease) -> IdentifiedClip:
-        encoded = await self._fetcher.fetch(source, lease)
+    async def _identify_clip(self, source: VideoSource, encoded: bytes, cache_salt: str) -> IdentifiedClip:
         self._metrics.add("videos_total")
         return await self._clips.identify(
             encoded, options=source.options, cache_salt=cache_salt, param=source.param, executor=self._executor

@@ -20,6 +20,7 @@ from vlmrt.actors.edge.responder import Prepared, Responder, ignored_fields
 from vlmrt.actors.edge.sampling import SamplingDefaults
 from vlmrt.actors.edge.scheduler_link import LookUp
 from vlmrt.actors.edge.served_model import ServedModel
+from vlmrt.actors.edge.timelines import TIMELINE
 
 
 class CompletionEndpoint:
@@ -56,7 +57,8 @@ class CompletionEndpoint:
         prompts = fields.prompts()
         self._responder.check_room(len(prompts) * (fields.n or 1))
         grammar = (await self._forms.form(fields)).grammar
-        generations = tuple([await self._generation(fields, prompt, grammar) for prompt in prompts])
+        with request[TIMELINE].span("prompt"):
+            generations = tuple([await self._generation(fields, prompt, grammar) for prompt in prompts])
         token_ids = [generation.prompt.token_ids for generation in generations]
         answer_id = f"cmpl-{secrets.token_hex(16)}"
         echoes = list(map(self._text, prompts)) if fields.echo else None

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import msgspec
 from msgspec import Struct
@@ -17,10 +18,14 @@ from vlmrt.actors.edge.open_requests import RETRY_AFTER_S, OpenRequest
 from vlmrt.actors.edge.prompt import Prompt
 from vlmrt.actors.edge.responses import ChatUsage, chat_usage
 from vlmrt.actors.edge.scheduler_link import SchedulerLink
+from vlmrt.actors.edge.timelines import OpenTimeline
 from vlmrt.runtime.config import SchedulingOptions
 from vlmrt.runtime.errors import RequestError
-from vlmrt.runtime.messages import RequestId, Submit, TokenOutput, Usage
+from vlmrt.runtime.messages import ActorName, RequestId, Submit, TokenOutput, Usage
 from vlmrt.runtime.metrics import Metrics
+from vlmrt.runtime.timeline import Span
+
+LLM = ActorName("llm:0")
 
 
 class Generation(Struct, frozen=True):
@@ -47,7 +52,7 @@ class Generator:
         self._metrics = metrics
 
     @contextmanager
-    def run(self, answer_id: str, generations: Sequence[Generation], arrived_s: float) -> Iterator[Answer]:
+    def run(self, answer_id: str, generations: Sequence[Generation], timeline: OpenTimeline) -> Iterator[Answer]:
         """The answer is under way inside the block; what has not ended when the block does is aborted.
 
         Raises: RequestError 503 where the scheduler is not up or does not take more; 429 where it has no room for all
@@ -55,7 +60,11 @@ class Generator:
         """
         self.check_room(sum(generation.num_choices for generation in generations))
         with ExitStack() as requests:
-            yield Answer(answer_id, generations, self._link, self._vocabulary, requests, self._metrics, arrived_s)
+            answer = Answer(answer_id, generations, self._link, self._vocabulary, requests, self._metrics, timeline)
+            try:
+                yield answer
+            finally:
+                answer.conclude()
 
     def check_room(self, num_choices: int) -> None:
         """Refuse what the scheduler would refuse only after some of an answer's requests have begun.
@@ -93,21 +102,26 @@ class Answer:
         vocabulary: Vocabulary,
         requests: ExitStack,
         metrics: Metrics,
-        arrived_s: float,
+        timeline: OpenTimeline,
     ) -> None:
-        self._answer_id = answer_id
+        self.answer_id = answer_id
         self._link = link
         self._vocabulary = vocabulary
         self._requests = requests
         self._metrics = metrics
-        self._arrived_s = arrived_s
+        self._timeline = timeline
+        self._inter_token_latency = metrics.histogram("inter_token_latency_seconds")
         self._news = asyncio.Event()
-        self._has_tokens = False
         self._num_ended = 0
         self.num_choices = 0
         self._firsts: list[_Run] = []
         self._runs: list[_Run] = []
+        timeline.answer_id = answer_id
+        timeline.num_media = sum(len(generation.prompt.media) for generation in generations)
+        timeline.usage = Usage(sum(len(each.prompt.token_ids) for each in generations), 0, 0)
         for generation in generations:
+            metrics.observe("request_params_n", generation.num_choices)
+            metrics.observe("request_params_max_tokens", generation.rule.stop.max_tokens)
             first = self._begin(generation, self.num_choices, 0)
             self._firsts.append(first)
             self.num_choices += generation.num_choices
@@ -120,20 +134,39 @@ class Answer:
     def usage(self) -> ChatUsage:
         """So far: every prompt once, the outputs of all choices."""
         prompts = [first.generation.prompt for first in self._firsts]
-        total = Usage(
-            num_prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts),
-            num_cached_tokens=sum(first.num_cached_tokens for first in self._firsts),
-            num_output_tokens=sum(run.choice.num_tokens for run in self._runs),
-        )
         return chat_usage(
-            total,
+            self._counts,
             num_image_tokens=sum(prompt.num_image_tokens for prompt in prompts),
             num_video_tokens=sum(prompt.num_video_tokens for prompt in prompts),
         )
 
+    @property
+    def time_to_first_token_s(self) -> float | None:
+        """Since the request arrived; None before that token."""
+        first_s = self._timeline.first_token_s
+        return None if first_s is None else first_s - self._timeline.arrived_s
+
+    @property
+    def request_ids(self) -> list[RequestId]:
+        """At the scheduler, of the choices that have begun."""
+        return [run.request.request_id for run in self._runs]
+
+    @property
+    def _counts(self) -> Usage:
+        return Usage(
+            num_prompt_tokens=sum(len(first.generation.prompt.token_ids) for first in self._firsts),
+            num_cached_tokens=sum(first.num_cached_tokens for first in self._firsts),
+            num_output_tokens=sum(run.choice.num_tokens for run in self._runs),
+        )
+
+    def conclude(self) -> None:
+        """Nothing more is taken: the timeline is told what came of it."""
+        self._timeline.usage = self._counts
+        self._timeline.max_gap_s = max((run.max_gap_s for run in self._runs), default=0.0)
+
     def elapsed_ms(self) -> int:
         """Since the request arrived."""
-        return int((time.monotonic() - self._arrived_s) * 1000)
+        return int((time.monotonic() - self._timeline.arrived_s) * 1000)
 
     def fail(self, error: RequestError) -> None:
         """End the answer with an error."""
@@ -160,7 +193,7 @@ class Answer:
                     self._after(run, piece)
             if has_news:
                 if self.ended:
-                    self._metrics.observe("e2e_request_latency_seconds", time.monotonic() - self._arrived_s)
+                    self._measure_end()
                 return pieces
             await self._news.wait()
 
@@ -170,7 +203,7 @@ class Answer:
         is_last = number == generation.num_choices - 1
         sampling = generation.rule.sampling
         submit = Submit(
-            request_id=RequestId(f"{self._answer_id}-{index}" if index else self._answer_id),
+            request_id=RequestId(f"{self.answer_id}-{index}" if index else self.answer_id),
             prompt_token_ids=generation.prompt.token_ids,
             media=generation.prompt.media,
             rope_delta=generation.prompt.rope_delta,
@@ -180,7 +213,8 @@ class Answer:
             priority=generation.priority,
             lookup_id=generation.lookup_id if is_last else 0,  # until then, what was looked up stays
         )
-        opened = self._link.submit(submit, generation.media, self._news, begun=number > 0)
+        record = partial(self._timeline.extend, choice=index) if index else self._timeline.extend
+        opened = self._link.submit(submit, generation.media, self._news, record, begun=number > 0)
         request = self._requests.enter_context(opened)
         run = _Run(generation, Choice(index, generation.rule, self._vocabulary), request)
         if not number:
@@ -194,21 +228,47 @@ class Answer:
             self._num_ended += 1
             self._link.abort(run.request)  # where a stop string ended it
             self._metrics.add("request_success_total", finished_reason=piece.finish_reason)
+            self._conclude(run, piece.finish_reason)
         if run.followers:
             followers, run.followers = run.followers, range(0)
             for number in followers:
                 self._begin(run.generation, run.choice.index, number)
 
+    def _conclude(self, run: _Run, finish_reason: str) -> None:
+        """A choice has ended well; where a stop string ended it, the scheduler does not say what its decoding took."""
+        timeline = self._timeline
+        timeline.outcome = timeline.outcome or finish_reason
+        num_tokens, index = run.choice.num_tokens, run.choice.index
+        self._metrics.observe("request_generation_tokens", num_tokens)
+        if run.last_token_s > run.first_token_s:
+            span = Span("decode", LLM, run.first_token_s, run.last_token_s, f"choice {index}" if index else "")
+            timeline.add(span)
+            self._metrics.observe("request_time_per_output_token_seconds", span.duration_s / (num_tokens - 1))
+
+    def _measure_end(self) -> None:
+        """All choices have ended well."""
+        metrics = self._metrics
+        metrics.observe("e2e_request_latency_seconds", time.monotonic() - self._timeline.arrived_s)
+        metrics.observe("request_prompt_tokens", self._counts.num_prompt_tokens)
+        metrics.observe("request_max_num_generation_tokens", max(run.choice.num_tokens for run in self._runs))
+
     def _measure(self, run: _Run, num_tokens: int) -> None:
         """So many new tokens of a choice have come."""
-        if num_tokens:
-            now_s = time.monotonic()
-            if not self._has_tokens:
-                self._has_tokens = True
-                self._metrics.observe("time_to_first_token_seconds", now_s - self._arrived_s)
-            elif run.last_token_s is not None:
-                self._metrics.observe("inter_token_latency_seconds", (now_s - run.last_token_s) / num_tokens)
-            run.last_token_s = now_s
+        if not num_tokens:
+            return
+        now_s = time.monotonic()
+        if run.last_token_s:
+            gap_s = now_s - run.last_token_s
+            self._inter_token_latency.observe(gap_s / num_tokens)
+            if gap_s > run.max_gap_s:
+                run.max_gap_s = gap_s
+        else:
+            run.first_token_s = now_s
+            timeline = self._timeline
+            if timeline.first_token_s is None:
+                timeline.first_token_s = now_s
+                self._metrics.observe("time_to_first_token_seconds", now_s - timeline.arrived_s)
+        run.last_token_s = now_s
 
 
 class _Run:
@@ -220,7 +280,9 @@ class _Run:
         self.request = request
         self.followers = range(0)  # choices of its prompt that are submitted when its first token has come
         self.num_cached_tokens = 0
-        self.last_token_s: float | None = None
+        self.first_token_s = 0.0  # of the monotonic clock; 0: none has come
+        self.last_token_s = 0.0
+        self.max_gap_s = 0.0
 
     def take(self, outputs: Sequence[TokenOutput]) -> Piece | None:
         self.num_cached_tokens = outputs[-1].usage.num_cached_tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from msgspec import Struct
@@ -11,6 +11,7 @@ from msgspec import Struct
 from vlmrt.actors.edge.identify import IdentifiedClip, IdentifiedImage, SentMedium
 from vlmrt.runtime.errors import RequestError
 from vlmrt.runtime.messages import ActorName, Epoch, FrameGroup, MmHash, RequestId, TokenOutput
+from vlmrt.runtime.timeline import Span
 
 MAX_QUEUED_TOKENS = 65536  # of one request whose client does not read
 RETRY_AFTER_S = 1
@@ -64,6 +65,8 @@ class MediaLease:
         self.held_bytes -= num_bytes
 
 
+Record = Callable[[Sequence[Span]], object]  # what the scheduler tells of a request's time
+
 ClipKey = tuple[RequestId, MmHash, ActorName, Epoch]  # the first group of a request's clip, for this media worker
 
 
@@ -80,7 +83,9 @@ class OpenRequest:
     Args: news is set whenever there is something to take; several requests may share it.
     """
 
-    def __init__(self, request_id: RequestId, epoch: Epoch, media: Iterable[SentMedium], news: asyncio.Event) -> None:
+    def __init__(
+        self, request_id: RequestId, epoch: Epoch, media: Iterable[SentMedium], news: asyncio.Event, record: Record
+    ) -> None:
         self.request_id = request_id
         self.epoch = epoch  # of the scheduler that has it
         self.media = _by_hash(media)
@@ -88,6 +93,7 @@ class OpenRequest:
         self.ended = False  # by the scheduler, by an Abort, or because the scheduler died: no Abort is due
         self.error: RequestError | None = None
         self._news = news
+        self._record = record
         self._outputs: list[TokenOutput] = []
         self._num_queued_tokens = 0
 
@@ -95,6 +101,8 @@ class OpenRequest:
         """News from the scheduler.  A client that lets too much pile up loses its request."""
         if self.error is not None:
             return
+        if output.spans:
+            self._record(output.spans)
         if output.error is not None:
             self.ended = True
             self.fail(RequestError.from_wire(output.error))

@@ -13,17 +13,22 @@ from typing import Protocol
 from aiohttp import web
 from msgspec import Struct
 
+from vlmrt.actors.edge.access_log import ANSWER, BROKEN
 from vlmrt.actors.edge.body import read_json_body
 from vlmrt.actors.edge.choice import Piece
+from vlmrt.actors.edge.error_answers import LABEL
 from vlmrt.actors.edge.generation import Answer, Generation, Generator
+from vlmrt.actors.edge.open_answers import OpenAnswers
 from vlmrt.actors.edge.open_requests import MediaBudget, MediaLease
 from vlmrt.actors.edge.scheduler_link import LookUp, SchedulerLink
 from vlmrt.actors.edge.stream import EventStream
+from vlmrt.actors.edge.timelines import ABORTED, TIMELINE, OpenTimeline, Timelines, span_of
 from vlmrt.runtime.config import ServerOptions
 from vlmrt.runtime.errors import RequestError
 from vlmrt.runtime.metrics import Metrics
 
 MAX_NAMED_FIELDS = 16
+_TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 _FIELD_NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 logger = logging.getLogger(__name__)
@@ -73,6 +78,8 @@ class Responder:
         link: SchedulerLink,
         budget: MediaBudget,
         generator: Generator,
+        open_answers: OpenAnswers,
+        timelines: Timelines,
         metrics: Metrics,
         write_timeout_s: float,
     ) -> None:
@@ -80,19 +87,31 @@ class Responder:
         self._link = link
         self._budget = budget
         self._generator = generator
+        self._open = open_answers
+        self._timelines = timelines
         self._metrics = metrics
         self._write_timeout_s = write_timeout_s
 
     async def post(self, request: web.Request, prepare: Prepare) -> web.StreamResponse:
         """Answer one request.  Cancelled when the client goes; then what runs for it is aborted."""
-        try:
-            return await self._answer(request, prepare)
-        except (asyncio.CancelledError, ConnectionResetError):
-            self._metrics.add("requests_aborted_total")
-            raise
+        with self._timelines.timeline(request[LABEL], request.path, _traceparent(request)) as timeline:
+            request[TIMELINE] = timeline
+            try:
+                return await self._answer(request, prepare, timeline)
+            except RequestError as error:
+                timeline.outcome = error.code or str(error.status)
+                raise
+            except (asyncio.CancelledError, ConnectionResetError):
+                timeline.outcome = ABORTED
+                self._metrics.add("requests_aborted_total")
+                raise
+            except Exception:
+                timeline.outcome = "internal_error"
+                raise
 
     async def read_body(self, request: web.Request, lease: MediaLease) -> bytes:
-        return await read_json_body(request, self._options.max_body_mib << 20, lease)
+        with span_of(request.get(TIMELINE), "receive"):
+            return await read_json_body(request, self._options.max_body_mib << 20, lease)
 
     @asynccontextmanager
     async def in_time(self) -> AsyncIterator[None]:
@@ -108,19 +127,20 @@ class Responder:
         """Raises: RequestError 400 or 429 where there is no room for so many, however long they take."""
         self._generator.check_room(num_choices)
 
-    async def _answer(self, request: web.Request, prepare: Prepare) -> web.StreamResponse:
-        arrived_s = time.monotonic()
-        self._link.check_open()
+    async def _answer(self, request: web.Request, prepare: Prepare, timeline: OpenTimeline) -> web.StreamResponse:
+        self._link.check_takes_new()
         timeout_s = self._options.request_timeout_s
-        with self._budget.lease() as lease, self._link.look_up() as lookup:
+        with self._open.enter(request) as opened, self._budget.lease() as lease, self._link.look_up() as lookup:
             async with self.in_time():
                 prepared = await prepare(request, lease, lookup)
             with (
-                self._generator.run(prepared.answer_id, prepared.generations, arrived_s) as answer,
-                _deadline(answer, arrived_s + timeout_s, timeout_s),
+                self._generator.run(prepared.answer_id, prepared.generations, timeline) as answer,
+                _deadline(answer, timeline.arrived_s + timeout_s, timeout_s),
             ):
+                opened.begin(prepared.answer_id, answer, streams=prepared.stream)
+                request[ANSWER] = answer
                 if prepared.stream:
-                    return await self._stream(request, prepared, answer)
+                    return await self._stream(request, prepared, answer, timeline)
                 return await self._whole(prepared, answer)
 
     async def _whole(self, prepared: Prepared, answer: Answer) -> web.Response:
@@ -131,35 +151,53 @@ class Responder:
         body = prepared.format.whole(answer, [_joined(of_one) for of_one in pieces])
         return web.Response(body=body, content_type="application/json", headers=_headers(prepared, answer))
 
-    async def _stream(self, request: web.Request, prepared: Prepared, answer: Answer) -> web.StreamResponse:
-        form = prepared.format
+    async def _stream(
+        self, request: web.Request, prepared: Prepared, answer: Answer, timeline: OpenTimeline
+    ) -> web.StreamResponse:
         pieces = await answer.news()  # an error until here is an ordinary answer with its own status
         stream = EventStream(request, _headers(prepared, answer), self._write_timeout_s)
-        try:
-            data = form.begin(answer)
-            while True:
-                data += form.news(answer, pieces)
-                if answer.ended:
-                    data += form.end(answer)
-                if data:
-                    await stream.write(data)
-                if answer.ended:
-                    break
-                pieces, data = await answer.news(), b""
-        except RequestError as error:
-            if not stream.begun:
+        with timeline.span("stream"):
+            try:
+                await _write_all(stream, prepared.format, answer, pieces)
+            except RequestError as error:
+                if not stream.begun:
+                    raise
+                timeline.outcome = request[BROKEN] = error.code or str(error.status)
+                self._metrics.add("request_errors_total", code=timeline.outcome)
+                await stream.write(prepared.format.failed(error))
+            except ConnectionError:
                 raise
-            self._metrics.add("request_errors_total", code=error.code or str(error.status))
-            await stream.write(form.failed(error))
-        except ConnectionError:
-            raise
-        except Exception:
-            if not stream.begun:
-                raise
-            logger.exception("%s failed while it was streamed", prepared.answer_id)
-            self._metrics.add("request_errors_total", code="internal_error")
-            await stream.write(form.failed(RequestError("internal error", status=500, code="internal_error")))
-        return await stream.close()
+            except Exception:
+                if not stream.begun:
+                    raise
+                logger.exception(
+                    "%s failed while it was streamed", prepared.answer_id, extra={"request_id": request[LABEL]}
+                )
+                timeline.outcome = request[BROKEN] = "internal_error"
+                self._metrics.add("request_errors_total", code="internal_error")
+                internal = RequestError("internal error", status=500, code="internal_error")
+                await stream.write(prepared.format.failed(internal))
+            return await stream.close()
+
+
+async def _write_all(stream: EventStream, form: AnswerFormat, answer: Answer, pieces: list[Piece]) -> None:
+    """All events of an answer, of which these pieces are the first."""
+    data = form.begin(answer)
+    while True:
+        data += form.news(answer, pieces)
+        if answer.ended:
+            data += form.end(answer)
+        if data:
+            await stream.write(data)
+        if answer.ended:
+            return
+        pieces, data = await answer.news(), b""
+
+
+def _traceparent(request: web.Request) -> str:
+    """The W3C header of a client that traces its requests, as far as it is one."""
+    header = request.headers.get("traceparent", "")
+    return header if _TRACEPARENT.fullmatch(header) else ""
 
 
 def _joined(pieces: Sequence[Piece]) -> Piece:

@@ -15,6 +15,7 @@ from vlmrt.actors.edge.responses_format import ResponsesFormat
 from vlmrt.actors.edge.responses_request import chat_of_responses, parse_responses_request
 from vlmrt.actors.edge.scheduler_link import LookUp
 from vlmrt.actors.edge.served_model import ServedModel
+from vlmrt.actors.edge.timelines import TIMELINE
 
 
 class ResponsesEndpoint:
@@ -36,7 +37,7 @@ class ResponsesEndpoint:
         chat, names = chat_of_responses(asked)
         chat = msgspec.structs.replace(chat, cache_salt=tenant_salt(request, chat.cache_salt))
         with names.restoring():
-            generation = await self._chat.generation(chat, lease, lookup, body_bytes=num_body_bytes)
+            generation = await self._chat.generation(chat, lease, lookup, request[TIMELINE], body_bytes=num_body_bytes)
         answer_id = f"resp_{secrets.token_hex(24)}"
         return Prepared(
             answer_id=answer_id,

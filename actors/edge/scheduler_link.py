@@ -11,13 +11,12 @@ from typing import assert_never
 from msgspec import Struct
 
 from vlmrt.actors.edge.identify import IdentifiedClip, IdentifiedImage, SentMedium
-from vlmrt.actors.edge.open_requests import RETRY_AFTER_S, ClipKey, OpenRequest
+from vlmrt.actors.edge.open_requests import RETRY_AFTER_S, ClipKey, OpenRequest, Record
 from vlmrt.runtime.actor import Outbox
 from vlmrt.runtime.errors import ChannelFull, RequestError
 from vlmrt.runtime.messages import (
     Abort,
     ActorName,
-    CacheKind,
     CacheReset,
     Decode,
     DecodeFrames,
@@ -40,12 +39,14 @@ from vlmrt.runtime.messages import (
     Submit,
     TokenBatch,
 )
+from vlmrt.runtime.questions import CacheKind
 
 MEDIA_RETRY_S = 0.05  # a full media worker is reported to the scheduler after this long
 GATHER_S = 0.002  # for more groups of a clip: the scheduler asks for all it wants in one turn
 REPEAT_BYTES_PER_S = 100e6  # of a clip that a worker has had already: later groups are asked for one by one
 MAX_UNSENT = 65536
 RESET_TIMEOUT_S = 10.0
+DRAIN_RETRY_AFTER_S = 5
 
 SchedulerMessage = NeedMedia | MediaFound | CacheReset | TokenBatch
 
@@ -92,6 +93,7 @@ class SchedulerLink:
         self._wanted: dict[ClipKey, _Wanted] = {}
         self._unsent: list[Abort | MediaUnsent | ForgetLookUp] = []
         self._closed = False
+        self.draining = False  # new requests are refused, by order of the service's operator
         self._none_open = asyncio.Event()
         self._none_open.set()
 
@@ -157,6 +159,17 @@ class SchedulerLink:
         if self._scheduler is None:
             raise unavailable("the service is starting or restarting")
 
+    def check_takes_new(self) -> None:
+        """Raises: RequestError 503 while no request can be taken, or none is to be begun."""
+        if self.draining:
+            raise RequestError(
+                "the server is draining and takes no new requests; try again",
+                status=503,
+                code="draining",
+                retry_after_s=DRAIN_RETRY_AFTER_S,
+            )
+        self.check_open()
+
     def ask(
         self, question: Callable[[int], LookUpMedia | ResetCache]
     ) -> tuple[int, asyncio.Future[MediaFound | CacheReset]]:
@@ -205,12 +218,18 @@ class SchedulerLink:
 
     @contextmanager
     def submit(
-        self, submit: Submit, media: Iterable[SentMedium], news: asyncio.Event, *, begun: bool = False
+        self,
+        submit: Submit,
+        media: Iterable[SentMedium],
+        news: asyncio.Event,
+        record: Record,
+        *,
+        begun: bool = False,
     ) -> Iterator[OpenRequest]:
         """The request is open inside the block; left before its end, it is aborted, without waiting.
 
-        Args: news is set whenever the request has something to take; begun: it belongs to an answer that is under
-        way, which the edge lets finish even while it takes no new ones.
+        Args: news is set whenever the request has something to take; record is told where its time goes; begun: it
+        belongs to an answer that is under way, which the edge lets finish even while it takes no new ones.
         Raises: RequestError 503 where the scheduler is not up or does not take more.
         """
         if self._scheduler is None or not begun:
@@ -218,7 +237,7 @@ class SchedulerLink:
         assert self._scheduler is not None
         if submit.lookup_id and submit.lookup_id not in self._asked:
             raise unavailable("the scheduler was restarted while the request was looked at")
-        request = OpenRequest(submit.request_id, self._scheduler[1], media, news)
+        request = OpenRequest(submit.request_id, self._scheduler[1], media, news, record)
         self._open[submit.request_id] = request
         self._none_open.clear()
         sent = False

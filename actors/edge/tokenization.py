@@ -108,7 +108,7 @@ class TokenizationEndpoint:
         )
         with self._link.look_up() as lookup:
             async with self._responder.in_time():
-                built = await self._chat_prompts.build(conversation, lease, lookup, body_bytes=body_bytes)
+                built = await self._chat_prompts.build(conversation, lease, lookup, None, body_bytes=body_bytes)
         return built.prompt.token_ids
 
     async def detokenize(self, request: web.Request) -> web.Response:

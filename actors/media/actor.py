@@ -43,6 +43,7 @@ from vlmrt.runtime.messages import (
     SchedulerReady,
     ServiceStatus,
 )
+from vlmrt.runtime.questions import Finding, Question
 from vlmrt.runtime.shared_memory import PixelArena
 
 NUM_THREADS = 2  # the decoders let go of the interpreter, and so does what resizes
@@ -62,6 +63,7 @@ class _GroupRead(NamedTuple):
     mm_hash: MmHash
     frames: list[Pixels]
     reader: str
+    began_s: float  # of the monotonic clock
     read_s: float
 
 
@@ -128,6 +130,10 @@ class MediaActor:
             case _:
                 assert_never(message)
 
+    async def answer(self, question: Question) -> Finding | None:
+        """Nothing that every process cannot answer by itself."""
+        return None
+
     async def stop(self, grace_s: float) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)
         self._clips.close()
@@ -157,8 +163,9 @@ class MediaActor:
                 async with self._turn:
                     if self._scheduler is not scheduler:
                         return
+                    begin_s = time.monotonic()
                     pixels = await self._decode(message)
-                    await self._place(message.mm_hash, pixels, scheduler)
+                    await self._place(message.mm_hash, pixels, scheduler, begin_s, time.monotonic())
         except RequestError as error:
             await self._send(DecodeFailed(message.mm_hash, error.to_wire()), scheduler)
 
@@ -208,7 +215,7 @@ class MediaActor:
                             if self._scheduler is not scheduler:
                                 return
                             pixels = await self._resize_group(read, message.target_size)
-                            await self._place(read.mm_hash, pixels, scheduler)
+                            await self._place(read.mm_hash, pixels, scheduler, read.began_s, time.monotonic())
                         finally:
                             self._turn.release()
                         done += 1
@@ -220,9 +227,9 @@ class MediaActor:
         """Has a turn when it is done, which whoever gets the frames gives back."""
         await self._turn.acquire()
         try:
-            started_s = time.monotonic()
+            began_s = time.monotonic()
             frames, reader = await self._in_thread("a video", self._read_group, message, group.frame_indices)
-            return _GroupRead(group.mm_hash, frames, reader, time.monotonic() - started_s)
+            return _GroupRead(group.mm_hash, frames, reader, began_s, time.monotonic() - began_s)
         except BaseException:
             self._turn.release()
             raise
@@ -272,8 +279,11 @@ class MediaActor:
         except TimeoutError:
             raise DecodeStuck(f"{what} is not decoded after {limit_s:g} s (step_timeout_s)") from None
 
-    async def _place(self, mm_hash: MmHash, pixels: Pixels, scheduler: PeerUp) -> None:
-        """Into the arena as soon as there is room.  Raises: RequestError where there is none in time, or never."""
+    async def _place(self, mm_hash: MmHash, pixels: Pixels, scheduler: PeerUp, begin_s: float, end_s: float) -> None:
+        """Into the arena as soon as there is room.  Raises: RequestError where there is none in time, or never.
+
+        Args: begin_s and end_s: of their decoding.
+        """
         if pixels.nbytes > self._arena.num_bytes:
             raise RequestError(
                 f"the image takes {pixels.nbytes} bytes of pixels, more than the {self._arena.num_bytes} set aside",
@@ -292,7 +302,7 @@ class MediaActor:
         self._placed[ref.offset] = ref
         self._show_use()
         frames, height, width = pixels.shape[:3]
-        await self._send(PixelsReady(mm_hash, ref, (frames, height, width, 3)), scheduler)
+        await self._send(PixelsReady(mm_hash, ref, (frames, height, width, 3), begin_s, end_s), scheduler)
 
     async def _send(self, message: Message, scheduler: PeerUp) -> None:
         """Wait for room in the channel, as long as this is the scheduler that asked."""

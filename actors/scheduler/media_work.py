@@ -15,16 +15,19 @@ import enum
 import heapq
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from vlmrt.actors.scheduler.counters import Counters
 from vlmrt.actors.scheduler.embed_cache import EmbedCache, Entry, Slab
 from vlmrt.actors.scheduler.media_workers import ClipWorkers, Worker, least_busy
 from vlmrt.actors.scheduler.request import MediaKey, Request
+from vlmrt.actors.scheduler.request_trace import SCHEDULER
 from vlmrt.runtime.errors import WireError
 from vlmrt.runtime.messages import (
     ActorName,
     ArenaRef,
     CancelEncode,
+    EmbedsReady,
     Encode,
     Epoch,
     FreePixels,
@@ -36,6 +39,7 @@ from vlmrt.runtime.messages import (
     RequestId,
     Restore,
 )
+from vlmrt.runtime.timeline import Span
 
 UNSENT_RETRY_S = 0.02
 DECODE_PATIENCE_S = 1.0
@@ -69,6 +73,7 @@ class Job:
     num_bytes: int = 0
     pixels: ArenaRef | None = None  # None while encoding: their arena is gone
     shape: tuple[int, int, int, int] = (0, 0, 0, 0)
+    decoded: Span | None = None  # how its pixels came about
     encode_id: int = -1
     vit: ActorName | None = None
     is_cancelled: bool = False
@@ -84,6 +89,14 @@ class Job:
     @property
     def is_at_vit(self) -> bool:
         return self.stage in (Stage.ENCODING, Stage.RESTORING)
+
+
+class Arrived(NamedTuple):
+    """Rows that are there: who waits for them, and how they came about."""
+
+    mm_hash: MmHash
+    readers: tuple[RequestId, ...]
+    spans: tuple[Span, ...]
 
 
 class MediaWork:
@@ -257,6 +270,7 @@ class MediaWork:
         self._reset(job)
         self._bytes_per_patch = max(self._bytes_per_patch, message.pixels.num_bytes / max(1, job.num_patches))
         job.stage, job.pixels, job.shape = Stage.DECODED, message.pixels, message.shape
+        job.decoded = Span("decode_media", sender, message.begin_s, message.end_s)
         job.worker, job.num_bytes = sender, message.pixels.num_bytes
         worker.num_bytes += job.num_bytes
         self.decoded[job.mm_hash] = job
@@ -290,21 +304,21 @@ class MediaWork:
         for job in [job for job in self.kept.values() if self.embeds.host_slab(job.mm_hash) is None]:
             self._ask_anew(job)
 
-    def on_embeds_ready(self, sender: ActorName, encode_id: int, num_rows: int) -> Iterable[RequestId]:
-        """Returns the requests that wait for these rows."""
-        job = self._answered(sender, encode_id)
+    def on_embeds_ready(self, sender: ActorName, message: EmbedsReady) -> Arrived | None:
+        job = self._answered(sender, message.encode_id)
         if job is None:
-            return ()
+            return None
         entry = self.embeds.entries[job.mm_hash]
-        if num_rows != job.num_rows:
+        if message.num_rows != job.num_rows:
             self.embeds.forget(entry)
-            message = f"image {job.mm_hash} has {num_rows} rows where the prompt has {job.num_rows} places"
-            self._fail(job, WireError(500, message, "vision_rows_mismatch"))
-            return ()
+            text = f"image {job.mm_hash} has {message.num_rows} rows where the prompt has {job.num_rows} places"
+            self._fail(job, WireError(500, text, "vision_rows_mismatch"))
+            return None
         self._counters.encodes += job.stage is Stage.ENCODING
         self.embeds.complete(entry)
+        spans = _spans_to_rows(job, sender, message.begin_s, message.end_s)
         self._end_job(job)
-        return tuple(self.embeds.readers.get(job.mm_hash, ()))
+        return Arrived(job.mm_hash, tuple(self.embeds.readers.get(job.mm_hash, ())), spans)
 
     def on_encode_failed(self, sender: ActorName, encode_id: int, error: WireError) -> None:
         """A 4xx is the image's fault and final; anything else is tried once more.
@@ -598,6 +612,15 @@ class MediaWork:
         self._counters.dropped_pixels += 1
         self._ask_anew(self.decoded[last])
         return True
+
+
+def _spans_to_rows(job: Job, vit: ActorName, begin_s: float, end_s: float) -> tuple[Span, ...]:
+    """From bytes, or from the copy in host memory, to rows that the ViT had between these times."""
+    if job.stage is Stage.RESTORING:
+        return (Span("restore", vit, begin_s, end_s),)
+    encode = Span("encode", vit, begin_s, end_s)
+    assert job.decoded is not None, f"{job.mm_hash} is encoded and was never decoded"
+    return job.decoded, Span("encode_wait", SCHEDULER, job.decoded.end_s, begin_s), encode
 
 
 def _died(what: str, code: str, doing: str) -> WireError:

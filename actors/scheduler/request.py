@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from vlmrt.actors.scheduler.request_trace import RequestTrace
 from vlmrt.runtime.messages import ActorName, MediaItem, MmHash, RequestId, Sampling, StopRule, Usage
 
 OrderKey = tuple[int, int]  # (priority, arrival): smaller runs earlier; unique
@@ -33,6 +34,7 @@ class Request:
     stop: StopRule
     cache_salt: str
     max_tokens: int  # of output; within what the model's length and the KV cache hold
+    trace: RequestTrace
     media_end: int = field(init=False)  # index behind the last placeholder token
 
     status: Status = Status.WAITING

@@ -17,9 +17,10 @@ from vlmrt.actors.scheduler.llm_group import LlmGroup
 from vlmrt.actors.scheduler.media_aliases import LookUps, MediaAliases
 from vlmrt.actors.scheduler.media_work import MediaWork
 from vlmrt.actors.scheduler.pacing import Pacing
-from vlmrt.actors.scheduler.policy import Limits, Planner
+from vlmrt.actors.scheduler.policy import Limits, Planner, Step
 from vlmrt.actors.scheduler.prefix_cache import PrefixCache, extend_block_hashes
 from vlmrt.actors.scheduler.request import Request, Status
+from vlmrt.actors.scheduler.request_trace import RequestTrace
 from vlmrt.runtime.config import Config
 from vlmrt.runtime.errors import RequestError, WireError
 from vlmrt.runtime.messages import (
@@ -107,6 +108,7 @@ class State:
             self.counters,
             Pacing(scheduling.itl_target_ms, scheduling.block_size),
         )
+        self._now_s = 0.0  # of the event that is being applied
         self._num_arrivals = 0
         self._sends: list[Send] = []
         self._outputs: dict[ActorName, list[TokenOutput]] = {}
@@ -114,6 +116,7 @@ class State:
     # ------------------------------------------------------------ what comes in
 
     def on_event(self, sender: ActorName, message: SchedulerInbox, now_s: float) -> list[Send]:
+        self._now_s = now_s
         match message:
             case StepResult():
                 self._on_step_result(sender, message)
@@ -129,8 +132,7 @@ class State:
             case Abort():
                 self._on_abort(sender, message)
             case EmbedsReady():
-                for request_id in self.media.on_embeds_ready(sender, message.encode_id, message.num_rows):
-                    self.requests[request_id].awaits_media = False
+                self._on_embeds_ready(sender, message)
             case PixelsReady():
                 self.media.on_pixels(sender, message)
             case MediaUnsent():
@@ -145,6 +147,7 @@ class State:
 
     def on_peer_up(self, peer: PeerUp, now_s: float) -> list[Send]:
         """A new incarnation; one of the same name that is still in the books is gone."""
+        self._now_s = now_s
         name, capabilities = peer.actor, peer.capabilities
         known = self._epoch_of(name)
         if known is not None:
@@ -166,12 +169,14 @@ class State:
         return self._settle(now_s)
 
     def on_peer_down(self, peer: PeerDown, now_s: float) -> list[Send]:
+        self._now_s = now_s
         if self._epoch_of(peer.actor) == peer.epoch:
             self._forget_peer(peer.actor, peer.epoch)
         return self._settle(now_s)
 
     def advance(self, now_s: float) -> list[Send]:
         """Plan as many steps as may be in flight and have something to run."""
+        self._now_s = now_s
         while self.llm.has_room and self.requests:
             step = self.planner.plan(self.llm.next_step)
             if step is None:
@@ -180,6 +185,7 @@ class State:
             self.llm.in_flight.append(step)
             self.embeds.lend(self.llm.epoch, step.plan.step, step.entries)
             self.counters.steps += 1
+            self._trace_step(step)
             for rank in self.llm.names:
                 self._send(rank, step.plan)
         return self._settle(now_s)
@@ -202,6 +208,7 @@ class State:
 
     def give_up_edge(self, edge: ActorName, now_s: float) -> list[Send]:
         """An edge is behind with news of its requests: end them."""
+        self._now_s = now_s
         error = WireError(503, "the server was too busy to deliver the answer; try again", "edge_busy", None, 1)
         for request in [request for request in self.requests.values() if request.edge == edge]:
             self._fail(request, error)
@@ -350,6 +357,7 @@ class State:
             stop=submit.stop,
             cache_salt=submit.cache_salt,
             max_tokens=max(1, submit.stop.max_tokens),
+            trace=RequestTrace(self._now_s),
         )
         self._fit(request)
         try:
@@ -379,6 +387,29 @@ class State:
             )
 
     # ------------------------------------------------------------ a request gets on
+
+    def _on_embeds_ready(self, vit: ActorName, message: EmbedsReady) -> None:
+        arrived = self.media.on_embeds_ready(vit, message)
+        if arrived is None:
+            return
+        for request_id in arrived.readers:
+            request = self.requests[request_id]
+            request.awaits_media = False
+            file = request.clips.get(arrived.mm_hash, arrived.mm_hash)
+            request.trace.on_media(arrived.mm_hash, file, arrived.spans, self._now_s)
+
+    def _trace_step(self, step: Step) -> None:
+        """For requests that have no token yet, a step is news."""
+        for load in step.loads:
+            load.request.trace.on_planned(self._now_s)
+        for row in step.rows[step.num_decode_rows :]:
+            request, trace = row.request, row.request.trace
+            trace.on_planned(self._now_s)
+            if trace.has_unread:
+                for item in request.media:
+                    if item.start >= request.num_planned_tokens:
+                        break
+                    trace.on_read(item.mm_hash, self._now_s)
 
     def _on_step_result(self, sender: ActorName, result: StepResult) -> None:
         in_flight = self.llm.in_flight
@@ -423,13 +454,17 @@ class State:
         self.counters.output_tokens += 1
         num_output_tokens = len(request.token_ids) - request.num_prompt_tokens
         found = () if logprobs is None else (logprobs,)
+        if num_output_tokens == 1:
+            request.trace.on_first_token(self._now_s)
         if token_id in request.stop.stop_token_ids and num_output_tokens >= request.stop.min_tokens:
             self._finish(request, "stop", (token_id,), found)
         elif num_output_tokens >= request.max_tokens:
             self._finish(request, "length", (token_id,), found)
         else:
             usage = Usage(request.num_prompt_tokens, request.num_cached_tokens or 0, num_output_tokens)
-            self._put_output(request.edge, TokenOutput(request.request_id, (token_id,), usage, logprobs=found))
+            spans = request.trace.take() if num_output_tokens == 1 else ()
+            output = TokenOutput(request.request_id, (token_id,), usage, logprobs=found, spans=spans)
+            self._put_output(request.edge, output)
 
     def _on_tokens(self, request: Request, num_tokens: int) -> None:
         """The keys and values of its next tokens are there: computed, or loaded."""
@@ -477,13 +512,17 @@ class State:
             self.counters.requests_stopped += 1
         else:
             self.counters.requests_cut += 1
-        output = TokenOutput(request.request_id, token_ids, request.usage, reason, logprobs=logprobs)
+        spans = request.trace.take()
+        output = TokenOutput(request.request_id, token_ids, request.usage, reason, logprobs=logprobs, spans=spans)
         self._put_output(request.edge, output)
         self._end(request)
 
     def _fail(self, request: Request, error: WireError) -> None:
         self.counters.requests_failed += 1
-        self._put_output(request.edge, TokenOutput(request.request_id, (), request.usage, error=error))
+        if not request.num_output_tokens:
+            request.trace.on_failed(self._now_s)
+        spans = request.trace.take()
+        self._put_output(request.edge, TokenOutput(request.request_id, (), request.usage, error=error, spans=spans))
         self._end(request)
 
     def _on_abort(self, edge: ActorName, abort: Abort) -> None:

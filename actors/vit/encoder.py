@@ -50,6 +50,7 @@ class EncodeBatch:
     answers: list[Answer] = field(default_factory=list)  # known already
     run: Any = None  # the engine's, between begin and issue
     problem: str | None = None  # why the images cannot be encoded together
+    begin_s: float = field(default_factory=time.monotonic)
 
 
 class Encoder:
@@ -87,6 +88,7 @@ class Encoder:
 
         From any thread, beside begin, issue and finish: nobody else writes these pages, nobody writes the host's.
         """
+        begin_s = time.monotonic()
         answers: list[Answer] = []
         checked: list[Restore] = []
         for restore in restores:
@@ -96,7 +98,8 @@ class Encoder:
             except RequestError as error:
                 answers.append(EncodeFailed(restore.encode_id, error.to_wire()))
         self._host_rows.restore(checked)
-        return answers + [EmbedsReady(restore.encode_id, restore.num_rows) for restore in checked]
+        end_s = time.monotonic()
+        return answers + [EmbedsReady(restore.encode_id, restore.num_rows, begin_s, end_s) for restore in checked]
 
     def begin(self, batch: Sequence[Encode]) -> EncodeBatch:
         """Read a batch's pixels and bring them to the device, behind what it is doing.
@@ -123,7 +126,10 @@ class Encoder:
         """One answer for each image, when all copies of its rows are there; a batch that failed is tried one by one."""
         if begun.problem is None:
             self._wait()
-            ready = [EmbedsReady(image.encode.encode_id, image.num_rows) for image in begun.images]
+            end_s = time.monotonic()
+            ready = [
+                EmbedsReady(image.encode.encode_id, image.num_rows, begun.begin_s, end_s) for image in begun.images
+            ]
             return begun.answers + ready
         if self._on_cuda:
             torch.cuda.empty_cache()

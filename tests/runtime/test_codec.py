@@ -73,7 +73,10 @@ SUBMIT = Submit(
 LOGPROBS = TokenLogprobs(-0.5, ((3, -0.25), (9, float("-inf"))))
 EXAMPLES: list[tuple[Any, Message]] = [
     (SchedulerInbox, SUBMIT),
-    (SchedulerInbox, PixelsReady(MmHash("a"), ArenaRef(ActorName("media:0"), Epoch(1), 64, 12), (1, 2, 2, 3))),
+    (
+        SchedulerInbox,
+        PixelsReady(MmHash("a"), ArenaRef(ActorName("media:0"), Epoch(1), 64, 12), (1, 2, 2, 3), 1.0, 2.5),
+    ),
     (SchedulerInbox, StepResult(7, (5, 9), 1.5, (FailedRow(2, "grammar"),), (None, LOGPROBS))),
     (SchedulerInbox, DecodeFailed(MmHash("a"), WireError(400, "no image", "bad_image", "messages.0"))),
     (EdgeInbox, TokenBatch((TokenOutput(RequestId("r1"), (5,), Usage(3, 0, 1), "stop", None, (LOGPROBS,)),))),

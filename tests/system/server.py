@@ -128,7 +128,13 @@ def command(*arguments: str) -> list[str]:
 @contextmanager
 def launch(*arguments: str, run_root: Path, start_timeout_s: float = 120.0) -> Iterator[Server]:
     """Start, wait for the ready block, hand over, end with SIGTERM; then nothing may be left."""
-    environment = {**os.environ, "TMPDIR": str(run_root), "XDG_RUNTIME_DIR": "", "PYTHONUNBUFFERED": "1"}
+    environment = {
+        **os.environ,
+        "TMPDIR": str(run_root),
+        "XDG_RUNTIME_DIR": "",
+        "PYTHONUNBUFFERED": "1",
+        "VLMRT_CONFIG": "none",
+    }
     shared_before = set(SHARED_MEMORY.iterdir())
     process = subprocess.Popen(
         command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment

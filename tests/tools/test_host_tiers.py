@@ -102,7 +102,9 @@ def ready_block(config: Config, ready: LlmReady, capsys: pytest.CaptureFixture[s
 
 def test_the_ready_block_says_which_host_tiers_are_on(capsys: pytest.CaptureFixture[str]) -> None:
     block = ready_block(config(1.5, 2.0), LlmReady(1000, 300, 1 << 20), capsys)
-    line = block.index("  host tier  KV cache 4800 tokens (1.5 GiB per rank), images 2 GiB per ViT")
+    line = block.index("  KV cache   16000 tokens (0.98 GiB), prefix caching on; in host memory 4800 tokens (1.5 GiB)")
     assert block[line - 1].startswith("  context  ")
-    assert "  host tier  images 2 GiB per ViT" in ready_block(config(0.0, 2.0), LlmReady(1000), capsys)
-    assert not any("host tier" in line for line in ready_block(config(0.0, 0.0), LlmReady(1000), capsys))
+    assert "  images     0.25 GiB of encoded images; in host memory 2 GiB" in ready_block(
+        config(0.0, 2.0), LlmReady(1000), capsys
+    )
+    assert not any("host memory" in line for line in ready_block(config(0.0, 0.0), LlmReady(1000), capsys))

@@ -7,7 +7,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Literal, NoReturn, TypedDict
 
-from vlmrt.tools.cli import add_engine
+from vlmrt.tools.arguments import Parser
+from vlmrt.tools.engine_options import add_engine
 
 
 class EngineOptions(TypedDict, total=False):
@@ -55,11 +56,12 @@ class EngineOptions(TypedDict, total=False):
     allowed_media_domains: Sequence[str]
     allowed_media_root: str | os.PathLike[str] | None
     log_level: Literal["debug", "info", "warning", "error"]
+    log_format: Literal["text", "json"]
     shutdown_grace_s: float
     start_timeout_s: float
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(Parser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
@@ -82,7 +84,7 @@ def command_line(model: str | os.PathLike[str] | None, options: Mapping[str, obj
             words += [flag, *map(str, value)] if value else []
         elif value is not None and value is not False:
             words.append(f"{flag}={value}")
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = _Parser(add_help=False)
     add_engine(parser)
     parser.parse_args(words)
     return words

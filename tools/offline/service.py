@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import signal
 import sys
@@ -18,11 +17,12 @@ from msgspec import structs
 from vlmrt.actors.models.config import CheckpointError
 from vlmrt.runtime.config import Config
 from vlmrt.runtime.errors import StartupError
+from vlmrt.runtime.logs import set_up_logging
 from vlmrt.runtime.messages import ActorName, Capabilities, Epoch
 from vlmrt.runtime.supervisor import Supervisor
 from vlmrt.tools.cli import build_parser
 from vlmrt.tools.devices import num_cuda_devices
-from vlmrt.tools.launch import build_config
+from vlmrt.tools.launch import SUPERVISOR, build_config
 from vlmrt.tools.offline.reports import Loading, Report, ServiceFailed, ServiceNews, ServiceReady, encode_report
 from vlmrt.tools.vit_engines import build_engine_files
 
@@ -80,8 +80,8 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the supervisor takes it
     with contextlib.suppress(OSError):
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints must not join the parent's output
-    options = build_parser().parse_args(["launch", *arguments[2:]])
-    logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    options = build_parser().parse_args(["launch", *arguments[2:]])  # of neither a file nor the environment
+    set_up_logging(options.log_level, options.log_format, SUPERVISOR)
     try:
         config = private_config(build_config(options)[0])
         build_engine_files(config)

@@ -33,6 +33,7 @@ from vlmrt.runtime.messages import (
     TokenOutput,
     Usage,
 )
+from vlmrt.runtime.timeline import Span
 
 SCHEDULER = ActorName("scheduler:0")
 MODEL = "test-model"
@@ -97,13 +98,14 @@ class RunningEdge:
         error: WireError | None = None,
         num_output_tokens: int | None = None,
         num_cached_tokens: int = 0,
+        spans: tuple[Span, ...] = (),
     ) -> None:
         """News of one request from the scheduler; with fake logprobs where they are asked for."""
         count = len(token_ids) if num_output_tokens is None else num_output_tokens
         usage = Usage(len(submit.prompt_token_ids), num_cached_tokens, count)
         num_top = submit.sampling.num_logprobs
         logprobs = tuple(fake_logprobs(token_id, num_top) for token_id in token_ids) if num_top >= 0 else ()
-        output = TokenOutput(submit.request_id, tuple(token_ids), usage, finish_reason, error, logprobs)
+        output = TokenOutput(submit.request_id, tuple(token_ids), usage, finish_reason, error, logprobs, spans)
         await self.actor.handle(TokenBatch((output,)), SCHEDULER)
 
     async def answer(self, submit: Submit, text: str, finish_reason: FinishReason = "stop") -> None:

@@ -169,13 +169,17 @@ class Driver:
     def pixels(self, name: str, media: str = "media:0", epoch: int = 1, num_bytes: int = PIXEL_BYTES) -> list[Send]:
         self.num_pixels += 1
         ref = ArenaRef(ActorName(media), Epoch(epoch), self.num_pixels, num_bytes)
-        return self.event(media, PixelsReady(MmHash(name), ref, (1, 2, 2, 3)))
+        return self.event(media, PixelsReady(MmHash(name), ref, (1, 2, 2, 3), *self._worked()))
 
     def embeds(self, encode: Encode, vit: str = "vit:0") -> list[Send]:
-        return self.event(vit, EmbedsReady(encode.encode_id, encode.grid_thw[2]))
+        return self.event(vit, EmbedsReady(encode.encode_id, encode.grid_thw[2], *self._worked()))
 
     def restored(self, restore: Restore, vit: str = "vit:0") -> list[Send]:
-        return self.event(vit, EmbedsReady(restore.encode_id, restore.num_rows))
+        return self.event(vit, EmbedsReady(restore.encode_id, restore.num_rows, *self._worked()))
+
+    def _worked(self) -> tuple[float, float]:
+        """Begin and end of what media workers and ViTs do: the second before they answer, which they do at once."""
+        return self.now_s - 1.0, self.now_s
 
     def encode_failed(self, encode: Encode | Restore, error: Any, vit: str = "vit:0") -> list[Send]:
         return self.event(vit, EncodeFailed(encode.encode_id, error))

@@ -137,7 +137,7 @@ class FakeMedia:
         self._next_offset += num_bytes  # never reused, so that a stale reference is found out
         ref = ArenaRef(self.name, self.epoch, self._next_offset, num_bytes)
         self.pixels[ref] = mm_hash
-        self._send(PixelsReady(mm_hash, ref, (1, 2, 2, 3)))
+        self._send(PixelsReady(mm_hash, ref, (1, 2, 2, 3), 0.0, 0.0))
         return True
 
     def _done(self) -> None:
@@ -203,7 +203,7 @@ class FakeVit:
         if encode.host_pages:
             self._write(self.host, encode.host_pages, rows)
         self.num_encoded += 1
-        self._answer(encode.encode_id, EmbedsReady(encode.encode_id, len(rows)))
+        self._answer(encode.encode_id, EmbedsReady(encode.encode_id, len(rows), 0.0, 0.0))
 
     def _restore(self, restore: Restore) -> None:
         if self._fails_to_restore():
@@ -212,7 +212,7 @@ class FakeVit:
         places = [self._place(restore.host_pages, row) for row in range(restore.num_rows)]
         self._write(self.slab, restore.pages, [self.host[place] for place in places])
         self.num_restored += 1
-        self._answer(restore.encode_id, EmbedsReady(restore.encode_id, restore.num_rows))
+        self._answer(restore.encode_id, EmbedsReady(restore.encode_id, restore.num_rows, 0.0, 0.0))
 
     def _write(self, memory: list[Row | None], pages: tuple[int, ...], rows: list[Row | None]) -> None:
         assert len(pages) == -(-len(rows) // self.page_rows)

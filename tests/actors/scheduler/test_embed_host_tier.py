@@ -155,7 +155,7 @@ def test_restored_rows_of_another_number_fail_the_request_and_are_forgotten() ->
     for name in ("a", "b"):
         show(driver, name)
     (restore,) = messages(want(driver, "a"), Restore)
-    assert error_of(driver.event("vit:0", EmbedsReady(restore.encode_id, 3))) == (500, "vision_rows_mismatch")
+    assert error_of(driver.event("vit:0", EmbedsReady(restore.encode_id, 3, 0.0, 0.0))) == (500, "vision_rows_mismatch")
     assert kept(driver) == ["b"]
 
 

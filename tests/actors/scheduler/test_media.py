@@ -346,7 +346,7 @@ def test_rows_that_do_not_match_the_prompt_fail_the_request() -> None:
     driver = Driver()
     driver.submit("r1", 10, (image("a", 0, 4),))
     (encode,) = messages(driver.pixels("a"), Encode)
-    assert error_of(driver.event("vit:0", EmbedsReady(encode.encode_id, 3))) == (500, "vision_rows_mismatch")
+    assert error_of(driver.event("vit:0", EmbedsReady(encode.encode_id, 3, 0.0, 0.0))) == (500, "vision_rows_mismatch")
     check_nothing_is_held(driver.state)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import threading
+import time
 import weakref
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,11 +41,13 @@ from vlmrt.runtime.messages import (
     EncodeFailed,
     Epoch,
     HostSlabExport,
+    Message,
     MmHash,
     Restore,
     SchedulerReady,
     VitReady,
 )
+from vlmrt.runtime.questions import ListRequests, Profiling, StartProfile, StopProfile
 from vlmrt.runtime.shared_memory import PixelArena
 from vlmrt.runtime.slab import HostSlab, row_index
 
@@ -76,6 +80,11 @@ class Picture:
         return rows
 
 
+def ready(encode_id: int, num_rows: int) -> EmbedsReady:
+    """Without the times, which Bench.answers checks and takes out."""
+    return EmbedsReady(encode_id, num_rows, 0.0, 0.0)
+
+
 def picture(seed: int, size: tuple[int, int]) -> Picture:
     height, width = size
     pixels = np.random.default_rng(seed).integers(0, 256, (1, height * 14, width * 14, 3), dtype=np.uint8)
@@ -92,6 +101,7 @@ class Bench:
     slab: HostSlab
     free_pages: list[int]
     num_encodes: int = 0
+    begun_s: float = field(default_factory=time.monotonic)
 
     def message(self, picture: Picture) -> Encode:
         ref = self.arena.write(picture.pixels)
@@ -113,8 +123,14 @@ class Bench:
     async def answers(self, count: int) -> dict[int, Answer]:
         told = [await self.context.outbox.next() for _ in range(count)]
         assert {sent.peer for sent in told} == {SCHEDULER}
-        answers = [cast(Answer, sent.message) for sent in told]
-        return {answer.encode_id: answer for answer in answers}
+        return {answer.encode_id: answer for answer in [self._without_times(sent.message) for sent in told]}
+
+    def _without_times(self, answer: Message) -> Answer:
+        assert isinstance(answer, EmbedsReady | EncodeFailed)
+        if isinstance(answer, EncodeFailed):
+            return answer
+        assert self.begun_s <= answer.begin_s <= answer.end_s <= time.monotonic()
+        return ready(answer.encode_id, answer.num_rows)
 
     def rows(self, message: Encode | Restore, num_rows: int) -> Tensor:
         return self.slab.tensor()[torch.from_numpy(row_index(message.pages, 0, num_rows, PAGE_ROWS))]
@@ -173,7 +189,7 @@ async def test_rows_in_shuffled_pages_equal_the_reference(
         held.unlink()
         answers = await bench.answers(len(pictures))
         for each, message in zip(pictures, messages, strict=True):
-            assert answers[message.encode_id] == EmbedsReady(message.encode_id, each.num_rows)
+            assert answers[message.encode_id] == ready(message.encode_id, each.num_rows)
             assert_close(bench.rows(message, each.num_rows), each.rows(checkpoint))
         written = ~bench.slab.tensor().isnan().all(dim=1)
         assert int(written.sum()) == sum(each.num_rows for each in pictures)  # and nothing else
@@ -235,7 +251,7 @@ async def test_an_image_that_cannot_be_read_fails_alone(one_checkpoint: Checkpoi
         await bench.encode(message)
         held.unlink()
         answers = await bench.answers(len(bad) + 1)
-        assert answers[message.encode_id] == EmbedsReady(message.encode_id, good.num_rows)
+        assert answers[message.encode_id] == ready(message.encode_id, good.num_rows)
         assert_close(bench.rows(message, good.num_rows), good.rows(one_checkpoint))
         for encode_id, name in enumerate(bad, 100):
             answer = answers[encode_id]
@@ -268,7 +284,7 @@ async def test_an_image_that_breaks_a_batch_fails_alone(
         assert failed.error.code == "encode_failed"
         assert "--max-pixels" in failed.error.message
         for index in (0, 2):
-            assert answers[messages[index].encode_id] == EmbedsReady(messages[index].encode_id, 4)
+            assert answers[messages[index].encode_id] == ready(messages[index].encode_id, 4)
             assert_close(bench.rows(messages[index], 4), pictures[index].rows(one_checkpoint))
 
 
@@ -294,7 +310,7 @@ async def test_images_are_tried_alone_after_the_memory_of_the_failed_batch_is_fr
         held.unlink()
         answers = await bench.answers(3)
         assert [answers[message.encode_id] for message in messages] == [
-            EmbedsReady(message.encode_id, 4) for message in messages
+            ready(message.encode_id, 4) for message in messages
         ]
 
 
@@ -340,7 +356,7 @@ async def test_rows_come_back_from_host_memory_bit_for_bit_into_other_pages(
             await bench.encode(restore)
         answers = await bench.answers(len(restores))
         for restore, rows in zip(restores, encoded, strict=True):
-            assert answers[restore.encode_id] == EmbedsReady(restore.encode_id, len(rows))
+            assert answers[restore.encode_id] == ready(restore.encode_id, len(rows))
             assert torch.equal(bench.rows(restore, len(rows)), rows)
         written = ~bench.slab.tensor().isnan().all(dim=1)
         assert int(written.sum()) == sum(len(rows) for rows in encoded)  # and nothing else
@@ -373,7 +389,7 @@ async def test_a_restore_that_contradicts_itself_is_refused_alone(one_checkpoint
         await bench.encode(good)
         held.unlink()
         answers = await bench.answers(len(bad) + 1)
-        assert answers[good.encode_id] == EmbedsReady(good.encode_id, 4)
+        assert answers[good.encode_id] == ready(good.encode_id, 4)
         assert torch.equal(bench.rows(good, 4), bench.rows(message, 4))
         for encode_id, name in enumerate(bad, 100):
             answer = answers[encode_id]
@@ -440,14 +456,14 @@ class FakeEncoder:
         self.error: Exception | None = None
 
     def begin(self, batch: Sequence[Encode]) -> EncodeBatch:
-        return EncodeBatch(answers=[EmbedsReady(encode.encode_id, 1) for encode in batch])
+        return EncodeBatch(answers=[ready(encode.encode_id, 1) for encode in batch])
 
     def issue(self, begun: EncodeBatch) -> None:
         self._wait()
 
     def restore(self, restores: Sequence[Restore]) -> list[Answer]:
         self._wait()
-        return [EmbedsReady(restore.encode_id, 1) for restore in restores]
+        return [ready(restore.encode_id, 1) for restore in restores]
 
     def _wait(self) -> None:
         assert self.open.wait(30)
@@ -510,7 +526,7 @@ async def test_a_new_scheduler_is_heard_after_what_its_predecessor_had_restored(
         await successor
         await actor.handle(msgspec.structs.replace(RESTORE, encode_id=2), SCHEDULER)
         answer = await context.outbox.next()
-        assert answer.message == EmbedsReady(2, 1)
+        assert answer.message == ready(2, 1)
         assert context.outbox.take() == []
         await actor.stop(1.0)
 
@@ -536,3 +552,16 @@ async def test_a_cache_without_a_page_or_larger_than_the_memory_is_refused(
     async with FakeContext("vit:0", tmp_path, config) as context:
         with pytest.raises(StartupError, match=option):
             await VitActor(cast(ActorContext, context)).start()
+
+
+async def test_a_profile_holds_what_the_tower_computed_meanwhile(one_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    async with running(one_checkpoint, tmp_path) as bench:
+        begun = await bench.actor.answer(StartProfile(str(tmp_path / "vit-0"), 60.0))
+        assert isinstance(begun, Profiling)
+        await bench.encode(bench.message(picture(0, SIZES[0])))
+        await bench.answers(1)
+        assert await bench.actor.answer(StopProfile()) == Profiling(begun.path, 0.0)
+        assert await bench.actor.answer(ListRequests()) is None
+    with gzip.open(begun.path) as file:
+        events = msgspec.json.decode(file.read())["traceEvents"]
+    assert any(event.get("name", "").startswith("aten::") for event in events)

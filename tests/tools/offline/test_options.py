@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 import vlmrt
-from vlmrt.tools.cli import add_engine, build_parser
+from vlmrt.tools.cli import build_parser
+from vlmrt.tools.engine_options import add_engine
 from vlmrt.tools.offline.options import EngineOptions, command_line, engine_options
 
 
