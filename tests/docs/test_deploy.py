@@ -1,4 +1,4 @@
-"""The files of docs/deploy fit the server: its options, routes, times and users.  Linters are for whoever changes them."""
+"""The files of docs/deploy fit the server: its options, routes, times and users."""
 
 from __future__ import annotations
 
