@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
@@ -81,16 +86,43 @@ def test_the_image_is_made_of_all_folders_of_the_package_and_of_nothing_that_its
     assert files == {line[1:] for line in kept if line.startswith("!")}
 
 
-def test_variables_of_the_image_are_options_and_its_health_check_asks_a_route() -> None:
+def test_variables_of_the_image_are_options_of_a_launch() -> None:
     variables = {variable_of(name) for name in settings_of(launch_parser())}
     environment = dict(pair.split("=", 1) for pair in last("ENV").split())
     ours = {name for name in environment if name.startswith("VLMRT_")}
     assert ours
     assert ours <= variables
-    asked = re.search(r"\}(/[\w/]+)'", last("HEALTHCHECK"))
-    assert asked is not None
-    assert asked[1] in routes()
-    assert f":{environment['VLMRT_PORT']}" in f":{last('EXPOSE')}"
+    assert environment["VLMRT_PORT"] == last("EXPOSE")
+
+
+@pytest.mark.parametrize(("status", "is_healthy"), [(200, True), (503, False)])
+def test_the_health_check_of_the_image_is_about_the_status_of_a_route(status: int, is_healthy: bool) -> None:
+    asked = []
+
+    class Edge(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    _, _, command = last("HEALTHCHECK").partition(" CMD ")
+    program, *words = json.loads(command)
+    assert program == "python"
+    with HTTPServer(("127.0.0.1", 0), Edge) as server:
+        server.timeout = 60
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        environment = {**os.environ, "VLMRT_PORT": str(server.server_port), "no_proxy": "127.0.0.1"}
+        done = subprocess.run(
+            [sys.executable, "-S", *words], env=environment, timeout=60, stderr=subprocess.DEVNULL, check=False
+        )
+        thread.join(timeout=60)
+    assert (done.returncode == 0) is is_healthy
+    assert asked == ["/health/ready"]
+    assert asked[0] in routes()
 
 
 # ---------------------------------------------------------------- Kubernetes
