@@ -27,16 +27,20 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 import vlmrt
-from benchmarks.caches import Caches, caches_between
-from benchmarks.client import ClientPool, Replies
-from benchmarks.figures import Figures, span_s
 from benchmarks.published import PEER
 from benchmarks.server import Running, make_checkpoint, serving, stages, warm_file_cache
 from benchmarks.table import medians, table
-from benchmarks.trace import Trace
 from benchmarks.workloads import NAMES, START, WORKLOADS, Scale, Workload, figures_of, pictures_of
 from vlmrt.tools import demo
+from vlmrt.tools.bench.asks import Target
+from vlmrt.tools.bench.caches import Caches, caches_between
+from vlmrt.tools.bench.figures import Figures, span_s
+from vlmrt.tools.bench.pool import ClientPool, Unplayable
+from vlmrt.tools.bench.replies import Replies
+from vlmrt.tools.bench.trace import Trace
 from vlmrt.tools.devices import num_cuda_devices
 
 DEMO = "demo"
@@ -153,8 +157,8 @@ def run_workload(
 ) -> None:
     scale = Scale(arguments.scale)
     limit_s = arguments.limit_s
-    warm_up = pool.play(workload.warm_up(scale, seed + WARM_UP_SEED)._replace(limit_s=limit_s))
-    load = workload.load(scale, seed)._replace(limit_s=limit_s)
+    warm_up = pool.play(msgspec.structs.replace(workload.warm_up(scale, seed + WARM_UP_SEED), limit_s=limit_s))
+    load = msgspec.structs.replace(workload.load(scale, seed), limit_s=limit_s)
     traced = arguments.trace or workload.shows_caches
     with Trace(url, sampled=arguments.trace) if traced else nullcontext() as trace:
         replies = pool.play(load)
@@ -170,12 +174,12 @@ def run_workload(
 
 
 def busy_s(replies: Replies) -> float:
-    answered = [reply for group in replies for reply in group if reply.times_s]
+    answered = [reply for reply in (*replies.clients, *replies.streams) if reply.times_s]
     return span_s(answered) if answered else math.nan
 
 
 def run_workloads(url: str, arguments: argparse.Namespace, seed: int, results: Results) -> None:
-    with ClientPool(url, arguments.client_processes) as pool:
+    with ClientPool(Target(url), arguments.client_processes) as pool:
         for workload in WORKLOADS:
             if workload.name in arguments.workloads:
                 for number in range(arguments.repeat):
@@ -245,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = False
     try:
         run(arguments, seed, results)
-    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+    except (RuntimeError, Unplayable, OSError, subprocess.CalledProcessError) as error:
         failed = True
         print(f"error: {error}", file=sys.stderr)
     print(f"\n{table(arguments.preset, results.medians, results.num_errors)}")

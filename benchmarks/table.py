@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from benchmarks.figures import Figures
 from benchmarks.published import AIMS, PEER, PEER_FIGURES, floors
+from vlmrt.tools.bench.figures import Figures
 
 
 def higher_is_better(figure: str) -> bool:

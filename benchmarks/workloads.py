@@ -8,30 +8,31 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from benchmarks.asks import Ask, Medium
-from benchmarks.client import Client, Load, Replies, Reply
-from benchmarks.clips import Clip
-from benchmarks.figures import Figures, itl_figures, span_s, stall_figures, ttft_figures, turn_figures
-from benchmarks.images import Picture
+import msgspec
+
+from vlmrt.tools.bench.asks import Ask
+from vlmrt.tools.bench.clips import Clip
+from vlmrt.tools.bench.datasets import (
+    BURST_PERIOD_S,
+    CLIP_QUESTION,
+    QUESTION,
+    QUIET_S,
+    TEXT,
+    TURNS,
+    dialogue,
+    window_user,
+)
+from vlmrt.tools.bench.figures import Figures, itl_figures, span_s, stall_figures, ttft_figures, turn_figures
+from vlmrt.tools.bench.media import Media
+from vlmrt.tools.bench.pictures import picture
+from vlmrt.tools.bench.replies import Client, Load, Replies, Reply
 
 VGA = (640, 480)
 LARGE = (1280, 960)
 HD = (1280, 720)
 CLIP_SECONDS = 10
-TEXT = "Write a long story about a river, a town and the people who live there."
-CLIP_QUESTION = "What happens in this clip?"
-QUESTION = "Compare these pictures and describe what you see in each of them."
-TURNS = (
-    "What is in this picture?",
-    "Which of its colours is the brightest, and where is it?",
-    "Tell me more about the shapes.",
-    "What could have happened just before?",
-    "Give the picture a title and say why.",
-)
 NUM_CLIENTS = 10
 WINDOW_PICTURES = 5
-BURST_PERIOD_S = 0.5
-QUIET_S = 1.5  # text streams alone, before the first image arrives
 
 
 class Scale(NamedTuple):
@@ -52,11 +53,6 @@ class Workload(NamedTuple):
     warm_up: Callable[[Scale, int], Load]  # the same shapes, less of them
     figures: Callable[[Replies], Figures]
     shows_caches: bool = False  # the report says what the server's caches did
-
-
-def picture(size: tuple[int, int], *seed: int | str) -> Picture:
-    numbers = (zlib.crc32(part.encode()) if isinstance(part, str) else part for part in seed)
-    return Picture(*size, seed=tuple(numbers))
 
 
 def closed_loop(asks: Sequence[Ask], num_clients: int) -> Load:
@@ -114,7 +110,7 @@ def stall(name: str, num_bursts: int) -> Callable[[Scale, int], Load]:
             for index in range(scale(8))
         ]
         streams = tuple(Ask(f"{TEXT} ({seed}, {index})", None) for index in range(scale(8)))
-        return closed_loop(asks, len(asks))._replace(streams=streams)
+        return msgspec.structs.replace(closed_loop(asks, len(asks)), streams=streams)
 
     return load
 
@@ -123,12 +119,10 @@ def dialogues(name: str, num_dialogues: int, num_clients: int, num_tokens: int) 
     """A fresh picture in the first of 5 turns, and text alone in the others."""
 
     def load(scale: Scale, seed: int) -> Load:
-        def dialogue(number: int) -> list[Ask]:
-            length = max(4, scale(num_tokens))
-            asks = [Ask(text, length, turn=turn) for turn, text in enumerate(TURNS, start=1)]
-            return [asks[0]._replace(pictures=(picture(VGA, seed, name, number),)), *asks[1:]]
+        def one(number: int) -> Client:
+            return dialogue((picture(VGA, seed, name, number),), len(TURNS), max(4, scale(num_tokens)))
 
-        return dealt([dialogue(number) for number in range(scale(num_dialogues))], num_clients)
+        return dealt([one(number) for number in range(scale(num_dialogues))], num_clients)
 
     return load
 
@@ -137,10 +131,9 @@ def sliding_window(name: str, num_users: int, num_turns: int, num_tokens: int) -
     """Users that each ask about their last 5 pictures, one of them fresh from the second time on."""
 
     def load(scale: Scale, seed: int) -> Load:
-        def user(number: int) -> list[Ask]:
-            seen = [picture(VGA, seed, name, number, index) for index in range(WINDOW_PICTURES + num_turns - 1)]
-            length = max(4, scale(num_tokens))
-            return [Ask(QUESTION, length, tuple(seen[turn : turn + WINDOW_PICTURES])) for turn in range(num_turns)]
+        def user(number: int) -> Client:
+            seen = (picture(VGA, seed, name, number, index) for index in range(WINDOW_PICTURES + num_turns - 1))
+            return window_user(tuple(seen), WINDOW_PICTURES, max(4, scale(num_tokens)))
 
         users = [user(number) for number in range(scale(num_users))]
         return dealt(users, len(users))
@@ -170,10 +163,10 @@ def clips(
     return load
 
 
-def pictures_of(load: Load) -> set[Medium]:
+def pictures_of(load: Load) -> set[Media]:
     """The distinct pictures and clips that a load sends."""
     asks = itertools.chain(load.streams, *load.clients)
-    return {picture for ask in asks for picture in ask.pictures}
+    return {media for ask in asks for media in ask.media}
 
 
 def _answered(replies: Sequence[Reply]) -> list[Reply]:
@@ -212,7 +205,7 @@ def stalls(replies: Replies) -> Figures:
 
 def figures_of(workload: Workload, replies: Replies) -> Figures:
     """No figures where no request was answered, and none that had nothing to be taken from."""
-    if not all(_answered(group) for group in replies if group):
+    if not all(_answered(group) for group in (replies.clients, replies.streams) if group):
         return {}
     return {name: value for name, value in workload.figures(replies).items() if math.isfinite(value)}
 

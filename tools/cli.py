@@ -27,6 +27,7 @@ COMMANDS = (
     Command("chat", "chat with a model on the terminal", "vlmrt.tools.chat.command"),
     Command("admin", "see and steer a running service", "vlmrt.tools.admin.command"),
     Command("generate", "answer a file of requests, or one question, without a server", "vlmrt.tools.offline.command"),
+    Command("bench", "load any OpenAI-compatible server, and say how fast it answers", "vlmrt.tools.bench.command"),
     Command("export", "make the vision tower's files for another engine", "vlmrt.tools.export_command"),
     Command("doctor", "look whether this machine has what a launch needs", "vlmrt.tools.doctor.command"),
     Command("completion", "print a script by which a shell completes commands and options", "vlmrt.tools.completion"),

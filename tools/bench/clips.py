@@ -1,12 +1,12 @@
-"""Clips for the workloads: shapes that cross a drifting background with grain, in H.264 at a phone's rate."""
+"""Clips for a load: shapes that cross a drifting background with grain, in H.264 at a phone's rate."""
 
 from __future__ import annotations
 
-import base64
 import io
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
-import av
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -19,22 +19,30 @@ GRAIN = 6  # of 255
 NUM_SHAPES = 5
 
 
-class Clip(NamedTuple):
+class Clip(msgspec.Struct, frozen=True, tag=True):
     """What to draw, and which of its frames the server is to look at: fps a second, or num_frames of all."""
 
-    width: int
+    width: int  # even, as H.264 wants it; so is the height
     height: int
-    num_seconds: int
+    duration_s: float
     seed: tuple[int, ...]
     fps: float | None = 2.0
     num_frames: int | None = None
 
+    @property
+    def sampling(self) -> dict[str, float]:
+        """What a request says beside the clip's URL."""
+        chosen = {"fps": self.fps, "num_frames": self.num_frames}
+        return {name: value for name, value in chosen.items() if value is not None}
+
 
 def draw_clip(clip: Clip) -> bytes:
     """The clip as an MP4 file.  Two with different seeds share no frame."""
+    import av  # loads ffmpeg, which loads without clips do not need
+
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as output:
-        stream = output.add_stream("libx264", rate=FRAME_RATE)
+        stream: Any = output.add_stream("libx264", rate=FRAME_RATE)
         stream.width, stream.height, stream.pix_fmt = clip.width, clip.height, "yuv420p"
         stream.bit_rate = BIT_RATE
         stream.options = {"preset": "ultrafast", "g": str(KEY_FRAMES)}
@@ -44,10 +52,10 @@ def draw_clip(clip: Clip) -> bytes:
     return buffer.getvalue()
 
 
-def _frames(clip: Clip) -> list[NDArray[np.uint8]]:
+def _frames(clip: Clip) -> Iterator[NDArray[np.uint8]]:
     """uint8 [height, width, 3] each."""
     rng = np.random.default_rng(clip.seed)
-    num_frames = clip.num_seconds * FRAME_RATE
+    num_frames = max(2, round(clip.duration_s * FRAME_RATE))
     wide = clip.width + DRIFT * num_frames
     coarse = rng.integers(0, 256, (6, 20, 3), dtype=np.uint8)
     background = np.asarray(Image.fromarray(coarse).resize((wide, clip.height), Image.Resampling.BICUBIC), np.int16)
@@ -56,14 +64,8 @@ def _frames(clip: Clip) -> list[NDArray[np.uint8]]:
     places = rng.integers(0, (clip.width, clip.height), (NUM_SHAPES, 2))
     speeds = rng.integers(-8, 9, (NUM_SHAPES, 2))
     colours = rng.integers(0, 256, (NUM_SHAPES, 3), dtype=np.uint8)
-    frames = []
     for index in range(num_frames):
         frame = background[:, DRIFT * index : DRIFT * index + clip.width].copy()
         for (x, y), colour in zip((places + index * speeds) % (clip.width, clip.height), colours, strict=True):
             frame[y : y + side, x : x + side] = colour
-        frames.append(frame)
-    return frames
-
-
-def clip_url(clip: Clip) -> str:
-    return "data:video/mp4;base64," + base64.b64encode(draw_clip(clip)).decode()
+        yield frame

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.client import Reply
+from vlmrt.tools.bench.replies import Reply
 
 Figures = dict[str, float]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from benchmarks.figures import Figures
-from benchmarks.trace import Scrape
+from vlmrt.tools.bench.figures import Figures
+from vlmrt.tools.bench.trace import Scrape
 
 
 class Caches(NamedTuple):

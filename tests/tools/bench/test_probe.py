@@ -1,0 +1,64 @@
+"""What a server takes is found out by asking it."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from benchmarks.server import free_port
+from tests.tools.bench.scripted_server import Script, scripted
+from vlmrt.tools.bench.asks import Target
+from vlmrt.tools.bench.probe import Unusable, first_model, probed, wait_until_up
+
+
+def test_a_server_that_takes_everything_is_asked_for_everything() -> None:
+    with scripted() as server:
+        target = Target(server.url)
+        wait_until_up(target, 0.0)
+        assert first_model(target) == "scripted"
+        found = probed(target)
+        assert (found.target, found.notes) == (target, ())
+        (body,) = server.bodies
+        assert body["ignore_eos"] is True
+        assert body["stream_options"] == {"include_usage": True, "continuous_usage_stats": True}
+
+
+@pytest.mark.parametrize(
+    ("refused", "ignore_eos", "counts", "said"),
+    [
+        (("ignore_eos",), False, "every chunk", ["does not take ignore_eos"]),
+        (("stream_options",), True, "none", ["takes no stream_options"]),
+        (("ignore_eos", "stream_options"), False, "none", ["does not take ignore_eos", "takes no stream_options"]),
+    ],
+)
+def test_what_a_server_refuses_is_left_out_and_said(
+    refused: tuple[str, ...], ignore_eos: bool, counts: str, said: list[str]
+) -> None:
+    with scripted(Script(refused=refused)) as server:
+        found = probed(Target(server.url))
+    assert (found.target.ignore_eos, found.target.counts) == (ignore_eos, counts)
+    assert [part for part in said if part in " ".join(found.notes)] == said
+    assert len(found.notes) == len(said)
+
+
+def test_a_server_that_refuses_all_is_told_with_its_words() -> None:
+    with scripted(Script(refused=("messages",))) as server, pytest.raises(Unusable, match=r"400: .*no such field"):
+        probed(Target(server.url))
+
+
+def test_another_endpoint_than_the_server_has_is_an_error_at_once() -> None:
+    with scripted() as server, pytest.raises(Unusable, match="404"):
+        probed(Target(server.url, endpoint="/v2/chat/completions"))
+
+
+def test_nobody_at_that_address_is_an_error() -> None:
+    nobody = Target(f"http://127.0.0.1:{free_port()}")
+    for asking in (lambda: wait_until_up(nobody, 0.0), lambda: first_model(nobody), lambda: probed(nobody)):
+        with pytest.raises(Unusable, match="refused"):
+            asking()
+
+
+def test_fields_of_an_option_are_in_every_body() -> None:
+    with scripted() as server:
+        probed(msgspec.structs.replace(Target(server.url), fields=b'{"temperature":0.5,"seed":3}'))
+        assert (server.bodies[0]["temperature"], server.bodies[0]["seed"]) == (0.5, 3)
