@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 import zmq
 
 from vlmrt.runtime import memory_client
+from vlmrt.runtime.answerer import Answerer
 from vlmrt.runtime.codec import FrameDecoder, encode_header, encode_message
 from vlmrt.runtime.config import Config
 from vlmrt.runtime.control import ControlLink, SupervisorLost
@@ -27,6 +28,7 @@ from vlmrt.runtime.mailbox import Mailbox
 from vlmrt.runtime.messages import (
     PROTOCOL_VERSION,
     ActorName,
+    AdminAsk,
     Capabilities,
     Epoch,
     Heartbeat,
@@ -42,6 +44,7 @@ from vlmrt.runtime.messages import (
     StartFailed,
 )
 from vlmrt.runtime.metrics import Metrics
+from vlmrt.runtime.questions import Finding, Question
 from vlmrt.runtime.spawner import START_FAILED, ProcessSpec
 from vlmrt.runtime.topology import INBOXES
 from vlmrt.runtime.transport import Sender, Socket, new_context
@@ -120,6 +123,13 @@ class Actor(Protocol[Inbound]):
         ...
 
     async def handle(self, message: Inbound, sender: ActorName) -> None: ...
+
+    async def answer(self, question: Question) -> Finding | None:
+        """What whoever operates the service wants to know or done; None: the runtime's to answer.
+
+        Called beside everything else, in a task of its own; an exception is reported and ends nothing.
+        """
+        ...
 
     async def stop(self, grace_s: float) -> None:
         """End within grace_s.  An edge is handed messages meanwhile, so that open requests end; nobody else is."""
@@ -258,6 +268,7 @@ class ActorProcess:
         self._control = ControlLink(self._zmq, spec, self._metrics, self._wake)
         self._outbox = PeerOutbox(self._zmq, spec.actor.name, spec.epoch, self._metrics)
         self._mailbox = Mailbox(FrameDecoder[Any](INBOXES[spec.actor.kind]), self._metrics, self._wake)
+        self._answerer = Answerer(self._control.send)
 
     async def run(self, listen_socket: socket.socket | None) -> int:
         """Exit code: 0 after a Shutdown, START_FAILED if the supervisor was told why, SUPERVISOR_LOST if it is gone.
@@ -323,8 +334,10 @@ class ActorProcess:
             async with asyncio.timeout(grace_s + _EXIT_MARGIN_S):
                 await actor.stop(grace_s)
 
-    async def _apply(self, actor: Actor[Any], news: PeerUp | PeerDown | ServiceStatus) -> None:
+    async def _apply(self, actor: Actor[Any], news: PeerUp | PeerDown | ServiceStatus | AdminAsk) -> None:
         match news:
+            case AdminAsk():
+                self._answerer.begin(actor.answer, news)
             case PeerUp():
                 self._outbox.connect(news.actor, news.epoch, news.address)
                 self._mailbox.peer_up(news.actor, news.epoch)
@@ -367,6 +380,7 @@ class ActorProcess:
         raise SupervisorLost("the supervisor is gone")
 
     def _close(self) -> None:
+        self._answerer.close()
         self._outbox.close()
         self._mailbox.close()
         self._control.close()

@@ -66,6 +66,7 @@ class ServerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_fetch_mib: int = 32
     cors_origins: tuple[str, ...] = ()
     admin_routes: bool = False  # cache resets by HTTP
+    page: bool = True  # at / for browsers
     api_keys: tuple[ApiKey, ...] = ()  # none: whoever reaches the address may use it
     metrics_compat: Literal["none", "vllm"] = "none"  # vllm: /metrics has the same figures under vLLM's names as well
     otlp_endpoint: str = ""  # base URL of an OpenTelemetry collector that is sent a span tree per request; "": nobody
@@ -147,6 +148,15 @@ class SupervisionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     fault_hooks: bool = False  # tests only: see runtime/faults.py
 
 
+class AdminOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How `vlmrt admin` reaches the supervisor, beside the socket in the run directory; secrets stay in their files."""
+
+    address: str | None = None  # tcp://HOST:PORT; needs one of the two below
+    keys: str | None = None  # directory with the server's CURVE keys and those of its clients
+    token_file: str | None = None  # one line, which both sides make their keys of
+    profile_directory: str = "vlmrt-profiles"
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: ModelOptions
     server: ServerOptions = ServerOptions()
@@ -155,6 +165,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     memory: MemoryOptions = MemoryOptions()
     parallel: ParallelOptions = ParallelOptions()
     supervision: SupervisionOptions = SupervisionOptions()
+    admin: AdminOptions = AdminOptions()
     log_level: str = "info"
     log_format: LogFormat = "text"
     origins: dict[str, str] = {}

@@ -14,6 +14,8 @@ from vlmrt.runtime.codec import BadFrame, FrameDecoder, encode_header, encode_me
 from vlmrt.runtime.errors import VlmrtError
 from vlmrt.runtime.messages import (
     ActorName,
+    AdminAnswer,
+    AdminAsk,
     ControlInbox,
     Epoch,
     Heartbeat,
@@ -33,8 +35,8 @@ from vlmrt.runtime.metrics import Metrics
 from vlmrt.runtime.spawner import ProcessSpec
 from vlmrt.runtime.transport import FramePump, Socket, open_socket
 
-ControlNews: TypeAlias = PeerUp | PeerDown | Shutdown | ServiceStatus
-ActorReport: TypeAlias = Hello | Progress | Ready | StartFailed | Heartbeat
+ControlNews: TypeAlias = PeerUp | PeerDown | Shutdown | ServiceStatus | AdminAsk
+ActorReport: TypeAlias = Hello | Progress | Ready | StartFailed | Heartbeat | AdminAnswer
 
 SUPERVISOR = ActorName("supervisor")
 _LINGER_MS = 1000  # the last words, StartFailed or a heartbeat, still leave

@@ -16,6 +16,7 @@ from typing import Literal, NewType
 import msgspec
 
 from vlmrt.runtime.errors import WireError
+from vlmrt.runtime.questions import CacheKind, Finding, Question
 from vlmrt.runtime.timeline import Span
 
 PROTOCOL_VERSION = 4
@@ -26,7 +27,6 @@ ActorName = NewType("ActorName", str)  # "edge:0", "media:0", "scheduler:0", "vi
 Epoch = NewType("Epoch", int)  # the incarnation of an actor; grows with every restart
 
 FinishReason = Literal["stop", "length"]
-CacheKind = Literal["prefix", "embedding"]  # of keys and values; of images' rows and the names given to images
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -539,6 +539,13 @@ class Heartbeat(Message, frozen=True):
     metrics: MetricsSnapshot
 
 
+class AdminAnswer(Message, frozen=True):
+    """To the AdminAsk of that ask_id."""
+
+    ask_id: int
+    finding: Finding
+
+
 # ---------------------------------------------------------------- supervisor -> actor
 
 
@@ -568,6 +575,13 @@ class Shutdown(Message, frozen=True):
     """End within grace_s: the edge first lets open requests finish for that long."""
 
     grace_s: float
+
+
+class AdminAsk(Message, frozen=True):
+    """To an actor that is up.  Answered once: AdminAnswer, same ask_id."""
+
+    ask_id: int
+    question: Question
 
 
 class ActorStatus(msgspec.Struct, frozen=True, array_like=True):
@@ -611,5 +625,5 @@ SchedulerInbox = (
 )
 VitInbox = Encode | Restore | CancelEncode
 LlmInbox = AttachSlab | DetachSlab | StepPlan
-SupervisorInbox = Hello | Progress | Ready | StartFailed | Heartbeat
-ControlInbox = PeerUp | PeerDown | MemoryTurn | Shutdown | ServiceStatus
+SupervisorInbox = Hello | Progress | Ready | StartFailed | Heartbeat | AdminAnswer
+ControlInbox = PeerUp | PeerDown | MemoryTurn | Shutdown | ServiceStatus | AdminAsk

@@ -25,7 +25,7 @@ class RunDir:
 
     def __init__(self, base: Path | None = None) -> None:
         """Raises StartupError if no folder for temporary files is both writable and short enough."""
-        bases = [base] if base is not None else _candidate_bases()
+        bases = [base] if base is not None else candidate_bases()
         self.path = _make_directory(bases)
         self._lock_fd = _lock(self.path)
         _remove_stale(self.path.parent)
@@ -38,7 +38,7 @@ class RunDir:
             self._lock_fd = -1
 
 
-def _candidate_bases() -> list[Path]:
+def candidate_bases() -> list[Path]:
     runtime_dir = os.environ.get("XDG_RUNTIME_DIR")
     bases = [Path(runtime_dir)] if runtime_dir else []
     return [*bases, Path(tempfile.gettempdir()), Path("/tmp")]

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,14 +17,22 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol, assert_never
 
+import zmq
+
 from vlmrt.runtime import sweeper
-from vlmrt.runtime.config import Config, ServerOptions
+from vlmrt.runtime.admin import AdminServer
+from vlmrt.runtime.admin_desk import AdminDesk
+from vlmrt.runtime.admin_keys import server_keys
+from vlmrt.runtime.asks import Asks
+from vlmrt.runtime.config import Config
 from vlmrt.runtime.control import SUPERVISOR, ActorReport, ControlServer
 from vlmrt.runtime.errors import StartupError
 from vlmrt.runtime.gpu_sharing import GpuSharing
+from vlmrt.runtime.listener import bind_http, bind_private, url_of
 from vlmrt.runtime.memory_server import MemoryServer, memory_limits
 from vlmrt.runtime.messages import (
     ActorName,
+    AdminAnswer,
     Capabilities,
     Epoch,
     Heartbeat,
@@ -42,15 +49,22 @@ from vlmrt.runtime.messages import (
 from vlmrt.runtime.metrics import Metrics
 from vlmrt.runtime.process_table import Process, ProcessTable, RestartBudget
 from vlmrt.runtime.run_dir import RUN_DIR_VARIABLE, RunDir
+from vlmrt.runtime.service_file import ServiceFile, write_service_file
 from vlmrt.runtime.spawner import DEVICE_FAULT, START_FAILED, LocalSpawner, ProcessSpec, Spawner
 from vlmrt.runtime.topology import ActorSpec, actor_specs, restart_groups
-from vlmrt.runtime.transport import control_address, inbox_address, new_context, socket_path
+from vlmrt.runtime.transport import (
+    Socket,
+    admin_address,
+    control_address,
+    inbox_address,
+    new_context,
+    socket_path,
+)
 
 _EXIT_MARGIN_S = 4.0  # beyond a grace time, before SIGKILL
 _OTHERS_GRACE_S = 2.0  # for actors other than edges: their requests have ended by then
 _REAP_S = 10.0  # a killed process that is not gone by then is stuck in the kernel
 _SWEEPER_S = 20.0
-_LISTEN_BACKLOG = 1024
 _LAST_WORDS_S = 1.0
 _MAX_TICK_S = 0.25
 
@@ -113,36 +127,6 @@ class LogObserver:
 
     def failed(self, message: str) -> None:
         logger.error("%s", message)
-
-
-def bind_http(server: ServerOptions) -> socket.socket:
-    """The listening socket that every edge inherits.  Raises StartupError naming --host or --port."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            server.host or None, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except socket.gaierror as error:
-        raise StartupError(f"--host {server.host}: {error.strerror}") from error
-    listener = socket.socket(family, kind | socket.SOCK_CLOEXEC, protocol)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(_LISTEN_BACKLOG)
-    except OSError as error:
-        listener.close()
-        reason = error.strerror or str(error)
-        raise StartupError(f"cannot listen on {server.host}, --port {server.port}: {reason}") from error
-    listener.setblocking(False)
-    return listener
-
-
-def bind_private(run_dir: Path) -> socket.socket:
-    """As bind_http, where only this user can reach it: run_dir lets nobody else in, and takes the socket with it."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    listener.bind(str(socket_path(run_dir, "http")))
-    listener.listen(_LISTEN_BACKLOG)
-    listener.setblocking(False)
-    return listener
 
 
 class Supervisor:
@@ -221,7 +205,7 @@ class Supervisor:
         self.run_dir = run_dir.path
         server = self._config.server
         self._listener = stack.enter_context(bind_private(run_dir.path) if server.private_socket else bind_http(server))
-        self.url = _url(self._listener)
+        self.url = url_of(self._listener)
         self._lifeline_fd, lifeline_writer = os.pipe2(os.O_CLOEXEC)
         stack.callback(os.close, self._lifeline_fd)
         self._sweeper = _start_sweeper(self._lifeline_fd, run_dir.path)
@@ -235,11 +219,30 @@ class Supervisor:
         self._control_address = control_address(run_dir.path)
         self._control = ControlServer(zmq_context, self._control_address, self._take_report, self._metrics)
         stack.callback(self._control.close)
+        self._open_admin(stack, zmq_context, run_dir.path)
         if self._handle_signals:
             loop = asyncio.get_running_loop()
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, self.request_stop, f"got {number.name}")
                 stack.callback(loop.remove_signal_handler, number)
+
+    def _open_admin(self, stack: contextlib.AsyncExitStack, zmq_context: zmq.Context[Socket], run_dir: Path) -> None:
+        admin = self._config.admin
+        self._asks = Asks(self._table, self._control.send)
+        self._desk = AdminDesk(
+            self._config,
+            self._table,
+            self._asks,
+            url=self.url,
+            announce=self._send_status,
+            request_stop=lambda reason: None if self._stop.is_set() else self.request_stop(reason),
+        )
+        stack.callback(self._desk.close)
+        address, keys = admin_address(run_dir), server_keys(admin)
+        server = AdminServer(zmq_context, self._desk, self._metrics, address, admin.address, keys)
+        stack.callback(server.close)
+        model = self._config.model.served_names[0]
+        write_service_file(run_dir, ServiceFile(os.getpid(), self.url, model, time.time(), server.addresses))
 
     async def _supervise(self) -> None:
         groups = restart_groups(self._specs_in_use())
@@ -339,7 +342,7 @@ class Supervisor:
             ProcessSpec(
                 actor=member.spec,
                 epoch=epoch,
-                config=self._config,
+                config=self._desk.config_of(member.spec.name),
                 run_dir=str(self.run_dir),
                 control_address=self._control_address,
                 inbox_address=address,
@@ -380,6 +383,7 @@ class Supervisor:
         was_up, name, epoch = member.is_up, member.spec.name, member.epoch
         member.end("failed" if self._stop.is_set() else "restarting")
         self._memory.drop(name, epoch)
+        self._asks.lose(name, epoch)
         Path(member.address.removeprefix("ipc://")).unlink(missing_ok=True)
         if was_up:
             for peer in self._table.told_about(member):
@@ -421,6 +425,9 @@ class Supervisor:
                     self._num_kv_blocks = report.capabilities.num_blocks
                 self._give_memory_turns()
                 self._announce_if_complete(member.spec.group)
+            case AdminAnswer():
+                if not self._asks.take(sender, epoch, report):
+                    self._metrics.add("stale_messages_total")
             case _:
                 assert_never(report)
 
@@ -484,10 +491,12 @@ class Supervisor:
 
     def _send_status(self) -> None:
         now_s = time.monotonic()
-        status = self._table.status(now_s, self._is_ready, uptime_s=now_s - self._began_s)
+        draining = self._desk.draining
+        status = self._table.status(now_s, self._is_ready, uptime_s=now_s - self._began_s, draining=draining)
         own = self._metrics.snapshot()
         if own.counters:
             status.metrics[SUPERVISOR] = own
+        self._desk.update(status)
         for member in self._table:
             if member.is_up and member.spec.kind == "edge":
                 self._control.send(member.spec.name, member.epoch, status)  # the next one makes up for a lost one
@@ -561,13 +570,6 @@ async def _wait_all_or(tasks: Collection[asyncio.Task[None]], other: asyncio.Tas
     while pending and not other.done() and (left_s := deadline_s - time.monotonic()) > 0:
         done, _ = await asyncio.wait({*pending, other}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
         pending -= done
-
-
-def _url(listener: socket.socket) -> str:
-    if listener.family == socket.AF_UNIX:
-        return f"unix:{listener.getsockname()}"
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if listener.family == socket.AF_INET6 else f"http://{host}:{port}"
 
 
 def _start_sweeper(lifeline_fd: int, run_dir: Path) -> subprocess.Popen[bytes]:

@@ -59,6 +59,10 @@ def control_address(run_dir: Path) -> str:
     return f"ipc://{socket_path(run_dir, 'control')}"
 
 
+def admin_address(run_dir: Path) -> str:
+    return f"ipc://{socket_path(run_dir, 'admin')}"
+
+
 def open_socket(context: zmq.Context[Socket], kind: int, *, linger_ms: int = 0) -> Socket:
     """A bounded socket of this kind."""
     socket = context.socket(kind)

@@ -25,7 +25,9 @@ from vlmrt.actors.models.registry import (
     load_model_config,
     load_video_processing,
 )
+from vlmrt.runtime.admin_keys import server_keys
 from vlmrt.runtime.config import (
+    AdminOptions,
     Config,
     Device,
     Dtype,
@@ -145,6 +147,7 @@ def build_config(arguments: argparse.Namespace, origins: Mapping[str, str] | Non
             start_timeout_s=arguments.start_timeout_s,
             fault_hooks=arguments.fault_hooks,
         ),
+        admin=admin_options(arguments),
         log_level=arguments.log_level,
         log_format=arguments.log_format,
         origins=dict(origins or {}),
@@ -219,11 +222,23 @@ def server_options(arguments: argparse.Namespace) -> ServerOptions:
         allowed_media_root=None if root is None else str(Path(root).resolve()),
         cors_origins=tuple(arguments.cors_origins),
         admin_routes=arguments.admin_routes,
+        page=not arguments.no_page,
         log_requests=arguments.log_requests,
         metrics_compat=arguments.metrics_compat,
         otlp_endpoint=arguments.otlp_endpoint or "",
         api_keys=read_api_keys(arguments.api_key, arguments.api_key_file, os.environ),
     )
+
+
+def admin_options(arguments: argparse.Namespace) -> AdminOptions:
+    options = AdminOptions(
+        address=arguments.admin_address,
+        keys=arguments.admin_keys,
+        token_file=arguments.admin_token_file,
+        profile_directory=str(Path(arguments.profile_dir).resolve()),
+    )
+    server_keys(options)  # the supervisor reads them once more, and keeps them to itself
+    return options
 
 
 def memory_options(

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     http.add_argument(
         "--host", default="127.0.0.1", metavar="NAME", help="address to listen on; 0.0.0.0: every one of this machine"
     )
-    http.add_argument("--port", type=port_number, default=8000, metavar="N", help="0: any free port")
+    http.add_argument("--port", type=port_number, default=8000, metavar="N", help="to listen on; 0: any free port")
     http.add_argument(
         "--api-key",
         nargs="+",
@@ -73,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="a log line for each request: status, tokens, times, and nothing of its text",
     )
+    http.add_argument("--no-page", action="store_true", help="no page to chat on at / for browsers")
     http.add_argument(
         "--metrics-compat",
         choices=("none", "vllm"),
@@ -85,7 +86,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of an OpenTelemetry collector that gets a span tree per request; needs the extra otel",
     )
     http.add_argument("--admin-routes", action="store_true", help="POST /reset_prefix_cache and /reset_mm_cache")
+    add_admin(parser)
     add_opposites(parser)
+
+
+def add_admin(parser: argparse.ArgumentParser) -> None:
+    admin = parser.add_argument_group("administration", "of this user, on this machine, `vlmrt admin` needs none of it")
+    admin.add_argument(
+        "--admin-address",
+        metavar="ADDRESS",
+        help="tcp://HOST:PORT for `vlmrt admin` on other machines; port 0: any free one; needs one of the next two",
+    )
+    admin.add_argument("--admin-keys", metavar="DIR", help="CURVE keys, as `vlmrt admin keygen` makes them")
+    admin.add_argument("--admin-token-file", metavar="FILE", help="a secret, 16 characters or more")
+    admin.add_argument(
+        "--profile-dir",
+        default="vlmrt-profiles",
+        metavar="DIR",
+        help="where `vlmrt admin profile` has its files written",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

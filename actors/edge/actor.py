@@ -24,6 +24,7 @@ from vlmrt.actors.edge.grammar import GrammarChecker, load_grammar_tokenizer
 from vlmrt.actors.edge.health import Health
 from vlmrt.actors.edge.identify import ImageIdentifier
 from vlmrt.actors.edge.identify_clip import ClipIdentifier
+from vlmrt.actors.edge.open_answers import OpenAnswers
 from vlmrt.actors.edge.open_requests import MediaBudget
 from vlmrt.actors.edge.prompt import PromptBuilder, load_prompt_builder
 from vlmrt.actors.edge.responder import Responder
@@ -60,6 +61,8 @@ from vlmrt.runtime.messages import (
     Probed,
     ServiceStatus,
 )
+from vlmrt.runtime.questions import CancelRequest, Finding, FindTimeline, ListRequests, Question, TimelineFound
+from vlmrt.runtime.service_stats import StatsHistory
 from vlmrt.runtime.timeline import Timeline
 
 NUM_THREADS = 2  # hashing, tokenizing long prompts, base64
@@ -79,8 +82,10 @@ class EdgeActor:
         self._resolve = resolve
         self._write_timeout_s = write_timeout_s
         self._link = SchedulerLink(context.outbox)
+        self._open_answers = OpenAnswers()
         probe_timeout_s = PROBE_PATIENCE * context.config.video.group_timeout_s
         self._prober = ClipProber(context.outbox, context.metrics, probe_timeout_s)
+        self._stats = StatsHistory()
         self._exporter: TimelineExporter | None = None
         self.timelines = Timelines(context.name, context.metrics, self._export)
         self._health = Health(context.config.supervision.heartbeat_timeout_s)
@@ -180,7 +185,14 @@ class EdgeActor:
         forms = AnswerForms(checker, call_tags(prompts.tokenizer))
         generator = Generator(self._link, vocabulary, config.scheduling, metrics)
         responder = Responder(
-            config.server, self._link, self._budget, generator, self.timelines, metrics, self._write_timeout_s
+            config.server,
+            self._link,
+            self._budget,
+            generator,
+            self._open_answers,
+            self.timelines,
+            metrics,
+            self._write_timeout_s,
         )
         identity = f"{config.model.directory}@{config.model.revision}"
         chat_prompts = ChatPrompts(
@@ -212,6 +224,7 @@ class EdgeActor:
             ),
             link=self._link,
             health=self._health,
+            stats=self._stats,
             metrics=metrics,
         )
 
@@ -225,6 +238,8 @@ class EdgeActor:
 
     async def status(self, status: ServiceStatus) -> None:
         self._health.update(status)
+        self._stats.add(status)
+        self._link.draining = status.draining
         self._context.metrics.set("media_bytes_in_flight", self._budget.used_bytes)
         self._context.metrics.set("requests_preparing", self.timelines.num_preparing)
         self._link.retry_unsent()
@@ -235,6 +250,17 @@ class EdgeActor:
                 self._prober.take(message)
             case _:
                 self._link.handle(message)
+
+    async def answer(self, question: Question) -> Finding | None:
+        match question:
+            case ListRequests():
+                return self._open_answers.shown()
+            case CancelRequest():
+                return self._open_answers.cancel(question.id)
+            case FindTimeline():
+                return TimelineFound(self.timelines.find(question.id))
+            case _:
+                return None
 
     async def stop(self, grace_s: float) -> None:
         """Refuse what is new; let open requests finish for grace_s, then end them with an error."""

@@ -41,7 +41,7 @@ def error_response(
         headers["Retry-After"] = str(error.retry_after_s)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    if error.status == 504:
+    if error.status in (499, 504):  # cancelled, or too late: what a client's library tries again would be as well
         headers["x-should-retry"] = "false"
     if http is not None and "Allow" in http.headers:
         headers["Allow"] = http.headers["Allow"]

@@ -7,7 +7,8 @@ from typing import Literal
 
 from msgspec import Struct
 
-from vlmrt.runtime.messages import CacheKind, ServiceStatus
+from vlmrt.runtime.messages import ServiceStatus
+from vlmrt.runtime.questions import CacheKind
 
 
 class HealthReport(Struct, frozen=True):
@@ -55,5 +56,7 @@ class Health:
             return HealthReport(False, ("supervisor (no word yet)",))
         if time.monotonic() - self._heard_s > self._silence_s:
             return HealthReport(False, ("supervisor (silent)",))
+        if status.draining:
+            return HealthReport(False, ("edge (draining)",))
         down = tuple(f"{actor.actor} ({actor.state})" for actor in status.actors if actor.state != "ready")
         return HealthReport(status.ready, () if status.ready else down)

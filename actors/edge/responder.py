@@ -18,6 +18,7 @@ from vlmrt.actors.edge.body import read_json_body
 from vlmrt.actors.edge.choice import Piece
 from vlmrt.actors.edge.error_answers import LABEL
 from vlmrt.actors.edge.generation import Answer, Generation, Generator
+from vlmrt.actors.edge.open_answers import OpenAnswers
 from vlmrt.actors.edge.open_requests import MediaBudget, MediaLease
 from vlmrt.actors.edge.scheduler_link import LookUp, SchedulerLink
 from vlmrt.actors.edge.stream import EventStream
@@ -77,6 +78,7 @@ class Responder:
         link: SchedulerLink,
         budget: MediaBudget,
         generator: Generator,
+        open_answers: OpenAnswers,
         timelines: Timelines,
         metrics: Metrics,
         write_timeout_s: float,
@@ -85,6 +87,7 @@ class Responder:
         self._link = link
         self._budget = budget
         self._generator = generator
+        self._open = open_answers
         self._timelines = timelines
         self._metrics = metrics
         self._write_timeout_s = write_timeout_s
@@ -125,15 +128,16 @@ class Responder:
         self._generator.check_room(num_choices)
 
     async def _answer(self, request: web.Request, prepare: Prepare, timeline: OpenTimeline) -> web.StreamResponse:
-        self._link.check_open()
+        self._link.check_takes_new()
         timeout_s = self._options.request_timeout_s
-        with self._budget.lease() as lease, self._link.look_up() as lookup:
+        with self._open.enter(request) as opened, self._budget.lease() as lease, self._link.look_up() as lookup:
             async with self.in_time():
                 prepared = await prepare(request, lease, lookup)
             with (
                 self._generator.run(prepared.answer_id, prepared.generations, timeline) as answer,
                 _deadline(answer, timeline.arrived_s + timeout_s, timeout_s),
             ):
+                opened.begin(prepared.answer_id, answer, streams=prepared.stream)
                 request[ANSWER] = answer
                 if prepared.stream:
                     return await self._stream(request, prepared, answer, timeline)
@@ -158,7 +162,7 @@ class Responder:
             except RequestError as error:
                 if not stream.begun:
                     raise
-                request[BROKEN] = timeline.outcome = error.code or str(error.status)
+                timeline.outcome = request[BROKEN] = error.code or str(error.status)
                 self._metrics.add("request_errors_total", code=timeline.outcome)
                 await stream.write(prepared.format.failed(error))
             except ConnectionError:
@@ -169,7 +173,7 @@ class Responder:
                 logger.exception(
                     "%s failed while it was streamed", prepared.answer_id, extra={"request_id": request[LABEL]}
                 )
-                request[BROKEN] = timeline.outcome = "internal_error"
+                timeline.outcome = request[BROKEN] = "internal_error"
                 self._metrics.add("request_errors_total", code="internal_error")
                 internal = RequestError("internal error", status=500, code="internal_error")
                 await stream.write(prepared.format.failed(internal))

@@ -17,7 +17,6 @@ from vlmrt.runtime.errors import ChannelFull, RequestError
 from vlmrt.runtime.messages import (
     Abort,
     ActorName,
-    CacheKind,
     CacheReset,
     Decode,
     DecodeFrames,
@@ -40,12 +39,14 @@ from vlmrt.runtime.messages import (
     Submit,
     TokenBatch,
 )
+from vlmrt.runtime.questions import CacheKind
 
 MEDIA_RETRY_S = 0.05  # a full media worker is reported to the scheduler after this long
 GATHER_S = 0.002  # for more groups of a clip: the scheduler asks for all it wants in one turn
 REPEAT_BYTES_PER_S = 100e6  # of a clip that a worker has had already: later groups are asked for one by one
 MAX_UNSENT = 65536
 RESET_TIMEOUT_S = 10.0
+DRAIN_RETRY_AFTER_S = 5
 
 SchedulerMessage = NeedMedia | MediaFound | CacheReset | TokenBatch
 
@@ -92,6 +93,7 @@ class SchedulerLink:
         self._wanted: dict[ClipKey, _Wanted] = {}
         self._unsent: list[Abort | MediaUnsent | ForgetLookUp] = []
         self._closed = False
+        self.draining = False  # new requests are refused, by order of the service's operator
         self._none_open = asyncio.Event()
         self._none_open.set()
 
@@ -156,6 +158,17 @@ class SchedulerLink:
             raise unavailable("the server is shutting down")
         if self._scheduler is None:
             raise unavailable("the service is starting or restarting")
+
+    def check_takes_new(self) -> None:
+        """Raises: RequestError 503 while no request can be taken, or none is to be begun."""
+        if self.draining:
+            raise RequestError(
+                "the server is draining and takes no new requests; try again",
+                status=503,
+                code="draining",
+                retry_after_s=DRAIN_RETRY_AFTER_S,
+            )
+        self.check_open()
 
     def ask(
         self, question: Callable[[int], LookUpMedia | ResetCache]

@@ -13,7 +13,9 @@ from functools import partial
 from typing import Any, assert_never
 
 from vlmrt.actors.llm.rank import load_rank
-from vlmrt.actors.llm.step_thread import EndOfEpoch, OpenedSlab, Rank, StepThread, Work
+from vlmrt.actors.llm.step_thread import Aside, EndOfEpoch, OpenedSlab, Rank, StepThread, Work
+from vlmrt.actors.models.gpu_memory import watch_held_memory
+from vlmrt.actors.models.torch_profile import TorchProfiler
 from vlmrt.runtime.actor import ActorContext
 from vlmrt.runtime.errors import ChannelFull, VlmrtError
 from vlmrt.runtime.messages import (
@@ -29,6 +31,8 @@ from vlmrt.runtime.messages import (
     StepPlan,
     StepResult,
 )
+from vlmrt.runtime.profiling import ProfileSession
+from vlmrt.runtime.questions import Finding, Question, StartProfile, StopProfile
 from vlmrt.runtime.slab import open_slab
 
 SCHEDULER = ActorName("scheduler:0")
@@ -56,6 +60,7 @@ class LlmActor:
         self._room = asyncio.Semaphore(MAX_QUEUED)
         self._thread: StepThread[Any] | None = None
         self._unsent: asyncio.Future[None] | None = None  # fails when the scheduler takes no more results
+        self._profile = ProfileSession(lambda: TorchProfiler(context.device), self._in_step_thread)
 
     async def start(self) -> LlmReady:
         loop = asyncio.get_running_loop()
@@ -69,6 +74,9 @@ class LlmActor:
         self._unsent = loop.create_future()
         ready = await asyncio.wrap_future(self._thread.ready)
         self._context.create_task(self._watch(self._thread, self._unsent), "step watch")
+        if self._context.device != "cpu":
+            told = partial(self._context.metrics.set, "device_memory_bytes")
+            self._context.create_task(watch_held_memory(self._context.device, 0, told), "memory")
         return ready
 
     async def peer_up(self, peer: PeerUp) -> None:
@@ -92,6 +100,13 @@ class LlmActor:
                 await self._put(message)
             case _:
                 assert_never(message)
+
+    async def answer(self, question: Question) -> Finding | None:
+        match question:
+            case StartProfile() | StopProfile():
+                return await self._profile.answer(question)
+            case _:
+                return None
 
     async def stop(self, grace_s: float) -> None:
         if self._thread is not None:
@@ -119,6 +134,12 @@ class LlmActor:
         assert self._thread is not None
         await self._room.acquire()
         self._thread.put(self._scheduler_epoch or Epoch(0), work)
+
+    async def _in_step_thread(self, work: Callable[[], None]) -> None:
+        """Between two steps."""
+        aside = Aside(work)
+        await self._put(aside)
+        await asyncio.wrap_future(aside.done)
 
     def _finished(self, epoch: Epoch, work: Work, result: StepResult | None) -> None:
         self._room.release()

@@ -31,7 +31,25 @@ class OpenedSlab(NamedTuple):
     slab: EmbeddingSlab
 
 
-Work = OpenedSlab | DetachSlab | StepPlan | EndOfEpoch
+class Aside:
+    """Something else to be done in the thread, between two steps; what it raises ends only it."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self.done: Future[None] = Future()
+        self._work = work
+
+    def run(self) -> None:
+        if not self.done.set_running_or_notify_cancel():
+            return
+        try:
+            self._work()
+        except Exception as error:
+            self.done.set_exception(error)
+        else:
+            self.done.set_result(None)
+
+
+Work = OpenedSlab | DetachSlab | StepPlan | EndOfEpoch | Aside
 Finished = Callable[[Epoch, Work, StepResult | None], None]
 Launched = tuple[Epoch, StepPlan, Pending]
 
@@ -149,7 +167,7 @@ class StepThread(Generic[Pending]):
             self._finished(epoch, plan, rank.complete(pending))
             self._busy_since_s = None
 
-    def _do(self, rank: Rank[Pending], epoch: Epoch, work: OpenedSlab | DetachSlab | EndOfEpoch) -> None:
+    def _do(self, rank: Rank[Pending], epoch: Epoch, work: OpenedSlab | DetachSlab | EndOfEpoch | Aside) -> None:
         match work:
             case OpenedSlab():
                 rank.attach(work)
@@ -158,6 +176,8 @@ class StepThread(Generic[Pending]):
             case EndOfEpoch():
                 rank.agrees(step_key(epoch, LAST_STEP))  # every rank drops the plans that not every rank has
                 rank.clear()
+            case Aside():
+                work.run()
             case _:
                 assert_never(work)
         self._finished(epoch, work, None)

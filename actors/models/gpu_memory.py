@@ -1,20 +1,32 @@
-"""What took the memory of a GPU, in one line for a person, and which option lowers it."""
+"""How much of a GPU a process holds; and what took its memory, in one line for a person, and which option lowers it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 _GIB = 1 << 30
 _WORTH_NAMING_BYTES = _GIB // 200
+_WATCH_S = 2.0
 
 
 def parameter_bytes(module: nn.Module) -> int:
     """Of all parameters and buffers, those that are shared once."""
     tensors = {tensor.data_ptr(): tensor for tensor in (*module.parameters(), *module.buffers())}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+async def watch_held_memory(device: str, beside_torch_bytes: int, told: Callable[[int], None]) -> None:
+    """Tell, from time to time and for good, how much of a GPU this process holds, its CUDA context apart.
+
+    Args: `beside_torch_bytes` are what it has allocated past torch.
+    """
+    while True:
+        told(torch.cuda.memory_reserved(device) + beside_torch_bytes)
+        await asyncio.sleep(_WATCH_S)
 
 
 def out_of_memory_text(

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 
+from vlmrt.actors.scheduler.books_shown import caches_shown, requests_open
 from vlmrt.actors.scheduler.state import Send, State
 from vlmrt.runtime.actor import ActorContext
 from vlmrt.runtime.errors import ChannelFull
@@ -24,6 +25,7 @@ from vlmrt.runtime.messages import (
     StepResult,
     TokenBatch,
 )
+from vlmrt.runtime.questions import EmptyCaches, Finding, ListRequests, Question, ShowCaches
 
 _TICK_S = 0.25
 
@@ -69,6 +71,21 @@ class SchedulerActor:
             self._advance()
         else:
             self._news.set()
+
+    async def answer(self, question: Question) -> Finding | None:
+        match question:
+            case ListRequests():
+                return requests_open(self._state)
+            case ShowCaches():
+                return caches_shown(self._state)
+            case EmptyCaches():
+                for kind in question.kinds:
+                    reset = self._state.reset_prefix_cache if kind == "prefix" else self._state.reset_embedding_cache
+                    self._post(reset(time.monotonic()))
+                self._news.set()
+                return caches_shown(self._state)
+            case _:
+                return None
 
     async def stop(self, grace_s: float) -> None:
         """Nothing to end: edges have finished or ended their requests, ranks and ViTs are stopped by the supervisor."""

@@ -7,8 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import NamedTuple, Protocol, TypeVar, assert_never
 
+from vlmrt.actors.models.gpu_memory import watch_held_memory
+from vlmrt.actors.models.torch_profile import TorchProfiler
 from vlmrt.actors.vit.batcher import EncodeQueue
 from vlmrt.actors.vit.encoder import Answer, EncodeBatch
 from vlmrt.actors.vit.loading import load_encoder
@@ -30,6 +33,9 @@ from vlmrt.runtime.messages import (
     VitInbox,
     VitReady,
 )
+from vlmrt.runtime.profiling import ProfileSession
+from vlmrt.runtime.questions import Finding, Question, StartProfile, StopProfile
+from vlmrt.runtime.slab import slab_bytes
 
 SCHEDULER = ActorName("scheduler:0")
 MAX_QUEUED = 4096
@@ -91,12 +97,17 @@ class VitActor:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
         self._restore_executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="restore")
         self._encoder: BatchEncoder | None = None
+        self._profile = ProfileSession(lambda: TorchProfiler(context.device), self._in_tower_thread)
 
     async def start(self) -> VitReady:
         loop = asyncio.get_running_loop()
         self._encoder = await loop.run_in_executor(self._executor, self._load, self._context)
         self._context.create_task(self._encode_forever(self._encoder), "encode")
         self._context.create_task(self._restore_forever(self._encoder), "restore")
+        if self._context.device != "cpu":
+            export, told = self._encoder.export, partial(self._context.metrics.set, "device_memory_bytes")
+            num_bytes = slab_bytes(export.num_pages, export.page_rows, export.width, export.dtype)
+            self._context.create_task(watch_held_memory(self._context.device, num_bytes, told), "memory")
         return VitReady(self._encoder.export, self._encoder.num_host_pages)
 
     async def peer_up(self, peer: PeerUp) -> None:
@@ -138,6 +149,13 @@ class VitActor:
                     self._refuse(message.encode_id, "nobody waits for this image any more", 499, "cancelled")
             case _:
                 assert_never(message)
+
+    async def answer(self, question: Question) -> Finding | None:
+        match question:
+            case StartProfile() | StopProfile():
+                return await self._profile.answer(question)
+            case _:
+                return None
 
     async def stop(self, grace_s: float) -> None:
         self._forget_queued()
@@ -218,6 +236,10 @@ class VitActor:
                 return result.result()
             if time.monotonic() - encoder.beat_s > limit_s:
                 raise EncodeStuck(f"the tower has not moved for {limit_s:g} s (step_timeout_s)")
+
+    async def _in_tower_thread(self, work: Callable[[], None]) -> None:
+        """Between two pieces of its work."""
+        await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
     def _count(self, num_images: int, answers: Sequence[Answer], seconds: float) -> None:
         metrics = self._context.metrics

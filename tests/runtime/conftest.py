@@ -22,3 +22,10 @@ def run_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     left = list(root.iterdir())
     shutil.rmtree(root)
     assert left == []
+
+
+@pytest.fixture
+def short_dir() -> Iterator[Path]:
+    """A private folder for sockets, whose paths must be short."""
+    with tempfile.TemporaryDirectory(prefix="vt", dir="/tmp") as name:
+        yield Path(name)

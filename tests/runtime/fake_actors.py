@@ -29,6 +29,7 @@ from vlmrt.runtime.messages import (
     Usage,
     VitReady,
 )
+from vlmrt.runtime.questions import Finding, Question
 
 
 def events_path(context: ActorContext) -> Path:
@@ -74,6 +75,10 @@ class Recorder:
 
     async def handle(self, message: Message, sender: ActorName) -> None:
         self.note(f"message {type(message).__name__} from {sender}")
+
+    async def answer(self, question: Question) -> Finding | None:
+        self.note(f"asked {type(question).__name__}")
+        return None
 
     async def stop(self, grace_s: float) -> None:
         self.note("stop")

@@ -12,8 +12,8 @@ import pytest
 from tests.runtime.services import ROOT
 from vlmrt.runtime.config import ServerOptions
 from vlmrt.runtime.errors import StartupError
+from vlmrt.runtime.listener import bind_http, bind_private
 from vlmrt.runtime.run_dir import RunDir
-from vlmrt.runtime.supervisor import bind_http, bind_private
 
 
 def test_it_is_private_and_goes_away(run_root: Path) -> None:

@@ -63,7 +63,7 @@ async def test_a_killed_actor_is_announced_down_and_comes_back_with_the_next_epo
         scheduler = next(actor for actor in status.actors if actor.actor == "scheduler:0")
         assert (scheduler.epoch, scheduler.num_restarts, scheduler.state) == (2, 1, "ready")
         sockets = sorted(path.name for path in run_files(running) if path.suffix == ".sock")
-        assert sockets == ["control.sock", "edge-0.1.sock", "memory.sock", "scheduler-0.2.sock"]
+        assert sockets == ["admin.sock", "control.sock", "edge-0.1.sock", "memory.sock", "scheduler-0.2.sock"]
         assert any("killed by SIGKILL" in entry[3] for entry in running.observer.of("down"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from tests.tools.option_table import PAGE, replaced
 from vlmrt.runtime.config import Config
 from vlmrt.runtime.errors import StartupError
 from vlmrt.tools import launch as launching
@@ -192,7 +194,7 @@ def test_the_configuration_directory_is_below_the_home_directory_unless_said(tmp
         ("c.yaml", "- tp\n", "lines of KEY: VALUE are expected"),
         ("c.yaml", "tp: !!python/object/apply:os.system ['true']\n", "line 1: could not determine a constructor"),
         ("c.yaml", "tp: *x\n", "found undefined alias"),
-        ("c.yaml", "[" * 10_000, "c.yaml"),
+        ("c.yaml", "[" * 3_000, "c.yaml"),
         ("c.toml", "#" * (MAX_FILE_BYTES + 1), "more than 1 MiB"),
     ],
 )  # fmt: skip
@@ -254,6 +256,11 @@ def test_a_wrong_entry_of_yaml_has_its_line_too(tmp_path: Path) -> None:
     assert refused(["--config", path]) == f"{path}, line 3: tp: a number is expected, not a list"
 
 
+def test_a_key_in_both_spellings_is_there_twice(tmp_path: Path) -> None:
+    path = file_of(tmp_path, "max-num-seqs = 1\nmax_num_seqs = 2\n")
+    assert refused(["--config", path]) == f"{path}, line 2: max-num-seqs is there twice"
+
+
 def test_nothing_in_yaml_is_as_left_out(tmp_path: Path) -> None:
     found = settings("--config", file_of(tmp_path, "max-model-len: null\ntp: ~\n", "c.yaml"))
     assert (found.arguments.max_model_len, found.arguments.tp, found.origins["tp"]) == (None, 1, "default")
@@ -304,6 +311,17 @@ def test_no_key_is_shown_wherever_it_was_said(tmp_path: Path) -> None:
     assert SECRET not in refused(["--config", file_of(tmp_path, f'api-key = {{a = "{SECRET}"}}')])
     assert SECRET not in refused(["--config", file_of(tmp_path, f'api-key = [["{SECRET}"]]')])
     assert settings(VLMRT_API_KEY=SECRET).origins["api-key"] == "environment VLMRT_API_KEY"
+
+
+def test_a_file_with_keys_that_others_may_read_is_warned_of(tmp_path: Path) -> None:
+    path = file_of(tmp_path, f'api-key = "{SECRET}"')
+    Path(path).chmod(0o640)
+    assert settings("--config", path).warnings == [
+        f"{path} has API keys, and other users may read it: chmod 600 {path}"
+    ]
+    assert settings("--config", path, "--api-key", "other").warnings == []
+    Path(path).chmod(0o600)
+    assert settings("--config", path).warnings == []
 
 
 def test_what_is_shown_is_a_file_that_gives_the_same_options(tmp_path: Path) -> None:
@@ -376,3 +394,22 @@ def test_the_environment_of_this_process_is_left_alone(monkeypatch: pytest.Monke
     before = dict(os.environ)
     read_settings(launch_parser(), [], os.environ)
     assert dict(os.environ) == before
+
+
+# ---------------------------------------------------------------- the page about it
+
+
+def test_the_page_has_the_options_that_there_are() -> None:
+    page = PAGE.read_text()
+    assert page == replaced(page), "write it anew: python -m tests.tools.option_table"
+    assert all(f"`--{name}" in page for name in settings_of(launch_parser()))
+
+
+def test_the_files_of_the_page_are_read_and_mean_the_same(tmp_path: Path) -> None:
+    blocks = dict(re.findall(r"```(toml|yaml)\n(.*?)```", PAGE.read_text(), re.DOTALL))
+    found = [settings("--config", file_of(tmp_path, text, f"c.{suffix}")) for suffix, text in blocks.items()]
+    own = ("command_line", "config")
+    of_toml, of_yaml = ({k: v for k, v in vars(one.arguments).items() if k not in own} for one in found)
+    assert of_toml == of_yaml
+    assert of_toml["tp"] == 2
+    assert of_toml["served_model_name"] == ["qwen", "vision"]

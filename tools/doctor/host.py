@@ -17,8 +17,8 @@ from vlmrt.actors.vit.engines.engine_files import default_cache
 from vlmrt.runtime.config import ServerOptions
 from vlmrt.runtime.errors import StartupError
 from vlmrt.runtime.host_memory import available_gib
+from vlmrt.runtime.listener import bind_http
 from vlmrt.runtime.run_dir import RunDir
-from vlmrt.runtime.supervisor import bind_http
 from vlmrt.tools.doctor.findings import Finding, ok, problem, warning
 
 OLDEST, NEWEST = (3, 11), (3, 13)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import threading
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +35,7 @@ from vlmrt.runtime.messages import (
     StepResult,
     StepRow,
 )
+from vlmrt.runtime.questions import ListRequests, Profiling, StartProfile, StopProfile, Unable
 from vlmrt.runtime.slab import HostSlab
 
 SCHEDULER = ActorName("scheduler:0")
@@ -288,3 +290,48 @@ class SlabView:
 
     def tensor(self) -> torch.Tensor:
         return self._slab.tensor()
+
+
+async def test_a_profile_begins_and_ends_between_steps_in_the_thread_that_computes(tmp_path: Path) -> None:
+    rank = ComputingRank()
+    async with FakeContext("llm:0", tmp_path) as context:
+        actor = make_actor(context, rank)
+        await actor.start()
+        await actor.peer_up(UP)
+        begun = await actor.answer(StartProfile(str(tmp_path / "profiles" / "llm-0"), 60.0))
+        assert isinstance(begun, Profiling)
+        await actor.handle(plan(1), SCHEDULER)
+        await context.outbox.next()
+        assert await actor.answer(StopProfile()) == Profiling(begun.path, 0.0)
+        await actor.stop(5.0)
+    assert begun.path.endswith("llm-0.trace.json.gz")
+    names = {event.get("name") for event in msgspec.json.decode(gzip.decompress(read(begun.path)))["traceEvents"]}
+    assert "aten::mm" in names
+    assert await actor.answer(ListRequests()) is None
+
+
+async def test_a_profile_that_fails_does_not_end_the_rank(tmp_path: Path) -> None:
+    rank = FakeRank()
+    async with FakeContext("llm:0", tmp_path) as context:
+        actor = make_actor(context, rank)
+        await actor.start()
+        await actor.peer_up(UP)
+        await actor.answer(StartProfile(str(tmp_path / "llm-0"), 60.0))
+        (tmp_path / "llm-0.trace.json.gz").mkdir()
+        found = await actor.answer(StopProfile())
+        assert isinstance(found, Unable)
+        await actor.handle(plan(1), SCHEDULER)
+        await context.outbox.next()
+        await actor.stop(5.0)
+
+
+class ComputingRank(FakeRank):
+    """Multiplies something in each step."""
+
+    def launch(self, plan: StepPlan) -> int:
+        torch.ones(8, 8) @ torch.ones(8, 8)
+        return super().launch(plan)
+
+
+def read(path: str) -> bytes:
+    return Path(path).read_bytes()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 import torch
 from torch import nn
@@ -58,3 +60,14 @@ def test_a_rank_that_runs_out_of_memory_says_who_holds_it(monkeypatch: pytest.Mo
             kv_cache.room_for(what, torch.device("cuda:0"), {kv_cache.WEIGHTS: 14 * GIB}),
         ):
             raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+async def test_what_a_process_holds_is_told_for_as_long_as_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: {"cuda:1": 3 * GIB}[device])
+    told: asyncio.Queue[int] = asyncio.Queue()
+    monkeypatch.setattr(gpu_memory, "_WATCH_S", 0.0)
+    watching = asyncio.create_task(gpu_memory.watch_held_memory("cuda:1", GIB, told.put_nowait))
+    for _ in range(2):
+        assert await asyncio.wait_for(told.get(), 20) == 4 * GIB
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)

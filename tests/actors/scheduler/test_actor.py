@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import FakeContext, peer_down, peer_up
+from tests.support import FakeContext, make_config, peer_down, peer_up
 from vlmrt.actors.scheduler.actor import SchedulerActor
+from vlmrt.runtime.config import SchedulingOptions
 from vlmrt.runtime.messages import (
     ActorName,
     CacheReset,
     EdgeReady,
+    HostSlabExport,
     LlmReady,
     LookUpMedia,
     MediaFound,
@@ -31,6 +33,16 @@ from vlmrt.runtime.messages import (
     StopRule,
     Submit,
     TokenBatch,
+    VitReady,
+)
+from vlmrt.runtime.questions import (
+    CachesShown,
+    EmptyCaches,
+    ListRequests,
+    RequestsOpen,
+    ShowCaches,
+    StopProfile,
+    Tier,
 )
 
 EDGE, LLM = ActorName("edge:0"), ActorName("llm:0")
@@ -193,3 +205,50 @@ async def test_answers_that_an_edge_did_not_take_are_sent_later_and_cost_nobody_
         context.outbox.full.clear()
         actor.pay_edges()
         assert [sent.message for sent in context.outbox.take()] == [MediaFound(1, (None,)), CacheReset(2)]
+
+
+async def test_the_operator_sees_requests_in_the_order_in_which_they_run(tmp_path: Path) -> None:
+    config = make_config(scheduling=SchedulingOptions(max_num_seqs=1))
+    image = MediaItem(MmHash("a" * 32), 3, 4, (1, 4, 4))
+    async with FakeContext("scheduler:0", tmp_path, config) as context:
+        actor = await started(context)
+        await actor.handle(submit("r1"), EDGE)
+        await turn()
+        await actor.handle(StepResult(1, (5,), 1.0), LLM)
+        await actor.handle(submit("r2", (image,)), EDGE)
+        found = await actor.answer(ListRequests())
+    assert isinstance(found, RequestsOpen)
+    assert found.num_open == 2
+    first, second = found.rows
+    assert (first.request_id, first.status, first.num_prompt_tokens, first.num_computed_tokens) == (
+        "r1",
+        "running",
+        20,
+        20,
+    )
+    assert (first.num_output_tokens, first.max_tokens, first.num_images) == (1, 3, 0)
+    assert (second.request_id, second.status, second.num_computed_tokens) == ("r2", "waiting", 0)
+    assert (second.num_images, second.num_rows, second.num_wanted) == (1, 4, 1)
+
+
+async def test_the_operator_sees_the_caches_and_empties_them(tmp_path: Path) -> None:
+    export = HostSlabExport("slab/vit:0/1", 8, 4, 16, "float32")
+    async with FakeContext("scheduler:0", tmp_path) as context:
+        actor = await started(context)
+        await actor.peer_up(peer_up("vit:0", VitReady(export, num_host_pages=2)))
+        await actor.handle(submit("r1", max_tokens=1), EDGE)
+        await turn()
+        before = await actor.answer(ShowCaches())
+        assert before == CachesShown(
+            prefix=(Tier("kv", 100, 2, 0, 0, 0),),
+            embedding=(Tier("vit:0", 8, 0, 0, 4 * 16 * 4, 0), Tier("vit:0 host", 2, 0, 0, 4 * 16 * 4, 0)),
+            num_aliases=0,
+        )
+        await actor.handle(StepResult(1, (5,), 1.0), LLM)
+        kept = await actor.answer(ShowCaches())
+        assert isinstance(kept, CachesShown)
+        assert (kept.prefix[0].num_used, kept.prefix[0].num_cached) == (0, 1)  # one full block of 16 tokens
+        emptied = await actor.answer(EmptyCaches(("prefix",)))
+        assert isinstance(emptied, CachesShown)
+        assert emptied.prefix[0].num_cached == 0
+        assert await actor.answer(StopProfile()) is None

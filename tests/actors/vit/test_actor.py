@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import threading
 import time
 import weakref
@@ -46,6 +47,7 @@ from vlmrt.runtime.messages import (
     SchedulerReady,
     VitReady,
 )
+from vlmrt.runtime.questions import ListRequests, Profiling, StartProfile, StopProfile
 from vlmrt.runtime.shared_memory import PixelArena
 from vlmrt.runtime.slab import HostSlab, row_index
 
@@ -550,3 +552,16 @@ async def test_a_cache_without_a_page_or_larger_than_the_memory_is_refused(
     async with FakeContext("vit:0", tmp_path, config) as context:
         with pytest.raises(StartupError, match=option):
             await VitActor(cast(ActorContext, context)).start()
+
+
+async def test_a_profile_holds_what_the_tower_computed_meanwhile(one_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    async with running(one_checkpoint, tmp_path) as bench:
+        begun = await bench.actor.answer(StartProfile(str(tmp_path / "vit-0"), 60.0))
+        assert isinstance(begun, Profiling)
+        await bench.encode(bench.message(picture(0, SIZES[0])))
+        await bench.answers(1)
+        assert await bench.actor.answer(StopProfile()) == Profiling(begun.path, 0.0)
+        assert await bench.actor.answer(ListRequests()) is None
+    with gzip.open(begun.path) as file:
+        events = msgspec.json.decode(file.read())["traceEvents"]
+    assert any(event.get("name", "").startswith("aten::") for event in events)

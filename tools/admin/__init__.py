@@ -1,0 +1,1 @@
+"""`vlmrt admin`: see and steer a running service."""
