@@ -262,7 +262,7 @@ class ActorProcess:
         self._spec = spec
         self._load_factory = load_factory
         self._wake = asyncio.Event()
-        self._metrics = Metrics()
+        self._metrics = Metrics(spec.actor.kind)
         self._loop_lag_ms = 0.0
         self._zmq = new_context()
         self._control = ControlLink(self._zmq, spec, self._metrics, self._wake)
@@ -352,10 +352,14 @@ class ActorProcess:
     async def _beat(self) -> None:
         """From the event loop, so that a stuck loop falls silent."""
         period_s = self._spec.config.supervision.heartbeat_s
+        counted_cpu_s = 0.0
         while True:
             self._metrics.set("mailbox_depth", self._mailbox.depth)
             self._metrics.set("mailbox_age_seconds", self._mailbox.oldest_age_s())
             self._metrics.set("resident_memory_bytes", resident_memory_bytes())
+            cpu_s = time.process_time()
+            self._metrics.add("process_cpu_seconds_total", cpu_s - counted_cpu_s)
+            counted_cpu_s = cpu_s
             self._control.send(self._heartbeat())
             due_s = time.monotonic() + period_s
             await asyncio.sleep(period_s)

@@ -67,6 +67,8 @@ class ServerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cors_origins: tuple[str, ...] = ()
     admin_routes: bool = False  # cache resets by HTTP
     api_keys: tuple[ApiKey, ...] = ()  # none: whoever reaches the address may use it
+    metrics_compat: Literal["none", "vllm"] = "none"  # vllm: /metrics has the same figures under vLLM's names as well
+    otlp_endpoint: str = ""  # base URL of an OpenTelemetry collector that is sent a span tree per request; "": nobody
     log_requests: bool = False  # a log line for each request, with nothing of its body
 
     @property

@@ -26,6 +26,7 @@ COMMANDS = (
     Command("admin", "see and steer a running service", "vlmrt.tools.admin.command"),
     Command("generate", "answer a file of requests, or one question, without a server", "vlmrt.tools.offline.command"),
     Command("export", "make the vision tower's files for another engine", "vlmrt.tools.export_command"),
+    Command("doctor", "look whether this machine has what a launch needs", "vlmrt.tools.doctor.command"),
 )
 
 

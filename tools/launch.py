@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from vlmrt.actors.edge.span_export import check_endpoint
 from vlmrt.actors.models.checkpoint_files import check_weight_files
 from vlmrt.actors.models.config import CheckpointError, ImageProcessing, ModelConfig, VideoProcessing
 from vlmrt.actors.models.registry import (
@@ -208,6 +209,8 @@ def server_options(arguments: argparse.Namespace) -> ServerOptions:
     root = arguments.allowed_media_root
     if root is not None and not Path(root).is_dir():
         raise StartupError(f"--allowed-media-root {root}: no such directory")
+    if arguments.otlp_endpoint:
+        check_endpoint(arguments.otlp_endpoint)
     return ServerOptions(
         host=arguments.host,
         port=arguments.port,
@@ -220,6 +223,8 @@ def server_options(arguments: argparse.Namespace) -> ServerOptions:
         cors_origins=tuple(arguments.cors_origins),
         admin_routes=arguments.admin_routes,
         log_requests=arguments.log_requests,
+        metrics_compat=arguments.metrics_compat,
+        otlp_endpoint=arguments.otlp_endpoint or "",
         api_keys=read_api_keys(arguments.api_key, arguments.api_key_file, os.environ),
     )
 

@@ -73,6 +73,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="a log line for each request: status, tokens, times, and nothing of its text",
     )
+    http.add_argument(
+        "--metrics-compat",
+        choices=("none", "vllm"),
+        default="none",
+        help="vllm: /metrics has the figures under vLLM's names as well, for dashboards made for it",
+    )
+    http.add_argument(
+        "--otlp-endpoint",
+        metavar="URL",
+        help="of an OpenTelemetry collector that gets a span tree per request; needs the extra otel",
+    )
     http.add_argument("--admin-routes", action="store_true", help="POST /reset_prefix_cache and /reset_mm_cache")
     add_admin(parser)
     add_opposites(parser)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from aiohttp import hdrs, web
 
+import vlmrt
 from vlmrt.actors.edge.answer_form import AnswerForms
 from vlmrt.actors.edge.anthropic_api import MessagesEndpoint
 from vlmrt.actors.edge.app import MAX_LINE_BYTES, AppCollaborators, build_app
@@ -31,6 +32,7 @@ from vlmrt.actors.edge.responses_api import ResponsesEndpoint
 from vlmrt.actors.edge.sampling import SamplingDefaults
 from vlmrt.actors.edge.scheduler_link import SchedulerLink, unavailable
 from vlmrt.actors.edge.served_model import ServedModel, system_fingerprint
+from vlmrt.actors.edge.span_export import TimelineExporter, check_endpoint, collector_exporter
 from vlmrt.actors.edge.timelines import Timelines
 from vlmrt.actors.edge.tokenization import TokenizationEndpoint
 from vlmrt.actors.edge.tools import CALL_BEGIN, CALL_END, call_tags
@@ -60,6 +62,7 @@ from vlmrt.runtime.messages import (
     ServiceStatus,
 )
 from vlmrt.runtime.questions import CancelRequest, Finding, FindTimeline, ListRequests, Question, TimelineFound
+from vlmrt.runtime.timeline import Timeline
 
 NUM_THREADS = 2  # hashing, tokenizing long prompts, base64
 BACKLOG = 1024
@@ -81,7 +84,8 @@ class EdgeActor:
         self._open_answers = OpenAnswers()
         probe_timeout_s = PROBE_PATIENCE * context.config.video.group_timeout_s
         self._prober = ClipProber(context.outbox, context.metrics, probe_timeout_s)
-        self.timelines = Timelines(context.name, context.metrics)
+        self._exporter: TimelineExporter | None = None
+        self.timelines = Timelines(context.name, context.metrics, self._export)
         self._health = Health(context.config.supervision.heartbeat_timeout_s)
         self._budget = MediaBudget(context.config.server.max_media_mib << 20)
         self._executor = ThreadPoolExecutor(NUM_THREADS, "edge")
@@ -116,6 +120,7 @@ class EdgeActor:
         """Load tokenizer and template, then accept connections.  Raises: StartupError."""
         if self._context.listen_socket is None:
             raise StartupError("the edge has no listening socket")
+        self._begin_telemetry()
         loop = asyncio.get_running_loop()
         app = build_app(await loop.run_in_executor(self._executor, self._load))
         self._runner = EdgeRunner(
@@ -131,6 +136,20 @@ class EdgeActor:
         self._site = web.SockSite(self._runner, self._context.listen_socket, backlog=BACKLOG)
         await self._site.start()
         return EdgeReady()
+
+    def _begin_telemetry(self) -> None:
+        """Raises: StartupError where spans are to be sent and cannot be."""
+        config, version = self._context.config, vlmrt.__version__
+        model, endpoint = config.model.served_names[0], config.server.otlp_endpoint
+        self._context.metrics.set("server_info", 1, device=config.parallel.device, model=model, version=version)
+        if endpoint:
+            check_endpoint(endpoint)
+            exporter = collector_exporter(endpoint)
+            self._exporter = TimelineExporter(exporter, model=model, version=version, actor=self._context.name)
+
+    def _export(self, timeline: Timeline) -> None:
+        if self._exporter is not None:
+            self._exporter.export(timeline)
 
     def _load(self) -> AppCollaborators:
         config = self._context.config
@@ -218,6 +237,7 @@ class EdgeActor:
         self._health.update(status)
         self._link.draining = status.draining
         self._context.metrics.set("media_bytes_in_flight", self._budget.used_bytes)
+        self._context.metrics.set("requests_preparing", self.timelines.num_preparing)
         self._link.retry_unsent()
 
     async def handle(self, message: EdgeInbox, sender: ActorName) -> None:
@@ -250,5 +270,7 @@ class EdgeActor:
         await self._link.drain(CLOSE_S)
         if self._runner is not None:
             await self._runner.cleanup()
+        if self._exporter is not None:
+            await self._exporter.close(CLOSE_S)
         for executor in (self._executor, self._grammar_thread):
             executor.shutdown(wait=False, cancel_futures=True)

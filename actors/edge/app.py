@@ -30,7 +30,8 @@ from vlmrt.actors.edge.tokenization import TokenizationEndpoint
 from vlmrt.runtime.config import Config
 from vlmrt.runtime.errors import RequestError
 from vlmrt.runtime.messages import PROTOCOL_VERSION
-from vlmrt.runtime.metrics import Metrics, prometheus_text
+from vlmrt.runtime.metrics import Metrics
+from vlmrt.runtime.prometheus import CONTENT_TYPE, prometheus_text
 
 REQUEST_ID = "x-request-id"
 MAX_LINE_BYTES = 16 << 10
@@ -143,9 +144,9 @@ class Routes:
         status = self._with.health.status
         if status is None:
             raise RequestError("no metrics yet; try again", status=503, code="service_unavailable", retry_after_s=1)
-        return web.Response(
-            body=prometheus_text(status), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-        )
+        compat = self._with.config.server.metrics_compat == "vllm"
+        text = prometheus_text(status, self._with.model.names[0] if compat else None)
+        return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})
 
     async def reset_prefix_cache(self, request: web.Request) -> web.Response:
         await self._with.link.reset("prefix")

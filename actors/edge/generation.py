@@ -120,6 +120,8 @@ class Answer:
         timeline.num_media = sum(len(generation.prompt.media) for generation in generations)
         timeline.usage = Usage(sum(len(each.prompt.token_ids) for each in generations), 0, 0)
         for generation in generations:
+            metrics.observe("request_params_n", generation.num_choices)
+            metrics.observe("request_params_max_tokens", generation.rule.stop.max_tokens)
             first = self._begin(generation, self.num_choices, 0)
             self._firsts.append(first)
             self.num_choices += generation.num_choices
@@ -127,6 +129,11 @@ class Answer:
     @property
     def ended(self) -> bool:
         return self._num_ended == self.num_choices
+
+    @property
+    def time_to_first_token_s(self) -> float | None:
+        first_token_s = self._timeline.first_token_s
+        return None if first_token_s is None else first_token_s - self._timeline.arrived_s
 
     @property
     def usage(self) -> ChatUsage:
@@ -137,12 +144,6 @@ class Answer:
             num_image_tokens=sum(prompt.num_image_tokens for prompt in prompts),
             num_video_tokens=sum(prompt.num_video_tokens for prompt in prompts),
         )
-
-    @property
-    def time_to_first_token_s(self) -> float | None:
-        """Since the request arrived; None before that token."""
-        first_s = self._timeline.first_token_s
-        return None if first_s is None else first_s - self._timeline.arrived_s
 
     @property
     def request_ids(self) -> list[RequestId]:
@@ -191,8 +192,7 @@ class Answer:
                     self._after(run, piece)
             if has_news:
                 if self.ended:
-                    elapsed_s = time.monotonic() - self._timeline.arrived_s
-                    self._metrics.observe("e2e_request_latency_seconds", elapsed_s)
+                    self._measure_end()
                 return pieces
             await self._news.wait()
 
@@ -237,10 +237,19 @@ class Answer:
         """A choice has ended well; where a stop string ended it, the scheduler does not say what its decoding took."""
         timeline = self._timeline
         timeline.outcome = timeline.outcome or finish_reason
+        num_tokens, index = run.choice.num_tokens, run.choice.index
+        self._metrics.observe("request_generation_tokens", num_tokens)
         if run.last_token_s > run.first_token_s:
-            index = run.choice.index
             span = Span("decode", LLM, run.first_token_s, run.last_token_s, f"choice {index}" if index else "")
             timeline.add(span)
+            self._metrics.observe("request_time_per_output_token_seconds", span.duration_s / (num_tokens - 1))
+
+    def _measure_end(self) -> None:
+        """All choices have ended well."""
+        metrics = self._metrics
+        metrics.observe("e2e_request_latency_seconds", time.monotonic() - self._timeline.arrived_s)
+        metrics.observe("request_prompt_tokens", self._counts.num_prompt_tokens)
+        metrics.observe("request_max_num_generation_tokens", max(run.choice.num_tokens for run in self._runs))
 
     def _measure(self, run: _Run, num_tokens: int) -> None:
         """So many new tokens of a choice have come."""

@@ -123,6 +123,11 @@ class Timelines:
                 return open_one.snapshot()
         return next((ended for ended in reversed(self._ended) if id in (ended.label, ended.answer_id)), None)
 
+    @property
+    def num_preparing(self) -> int:
+        """Open requests of which nothing has been submitted yet."""
+        return sum(not timeline.answer_id for timeline in self._open)
+
     def open(self) -> tuple[Timeline, ...]:
         return tuple(timeline.snapshot() for timeline in self._open)
 
@@ -140,9 +145,6 @@ class Timelines:
     def _end(self, timeline: OpenTimeline) -> None:
         ended = timeline.snapshot(end_s=time.monotonic())
         self._ended.append(ended)
-        if ended.num_output_tokens:
-            self._metrics.observe("request_prompt_tokens", ended.num_prompt_tokens)
-            self._metrics.observe("request_generation_tokens", ended.num_output_tokens)
         if ended.max_gap_s:
             self._metrics.observe("max_inter_token_gap_seconds", ended.max_gap_s)
         if self._on_ended is not None:

@@ -19,6 +19,7 @@ from vlmrt.runtime.actor import SUPERVISOR_LOST, Actor, ActorContext, ActorFacto
 from vlmrt.runtime.codec import FrameDecoder, encode_header, encode_message
 from vlmrt.runtime.control import SUPERVISOR
 from vlmrt.runtime.messages import (
+    Abort,
     ActorName,
     EdgeReady,
     Epoch,
@@ -28,12 +29,13 @@ from vlmrt.runtime.messages import (
     PeerUp,
     Progress,
     Ready,
+    RequestId,
     Shutdown,
     StartFailed,
     SupervisorInbox,
 )
 from vlmrt.runtime.spawner import START_FAILED, ProcessSpec
-from vlmrt.runtime.transport import control_address, inbox_address
+from vlmrt.runtime.transport import Sender, control_address, inbox_address, new_context
 
 
 class Played:
@@ -157,3 +159,37 @@ async def test_a_task_that_raises_ends_the_actor(run_root: Path, tmp_path: Path)
         assert isinstance(error, ExceptionGroup)
         assert error.subgroup(RuntimeError) is not None
         actor.ended = asyncio.create_task(asyncio.sleep(0, 0))
+
+
+async def test_a_heartbeat_tells_what_waits_what_was_not_sent_and_what_the_process_takes(
+    run_root: Path, tmp_path: Path
+) -> None:
+    go_on = asyncio.Event()
+
+    class Busy(Recorder):
+        async def handle(self, message: Any, sender: ActorName) -> None:
+            assert not self.context.outbox.send(ActorName("llm:0"), message)
+            await go_on.wait()
+
+    edge, epoch, deadline = ActorName("edge:0"), Epoch(1), time.monotonic() + 20
+    async with played(run_root, tmp_path, Busy) as actor:
+        await actor.hear(Ready)
+        await actor.tell(PeerUp(edge, epoch, "ipc:///nowhere", EdgeReady()))
+        context = new_context()
+        sender = Sender(
+            context, inbox_address(run_root, ActorName("scheduler:0"), Epoch(3)), encode_header(edge, epoch)
+        )
+        for number in range(3):
+            sender.send(encode_message(Abort(RequestId(f"r{number}"))))
+        beat = await actor.hear(Heartbeat)
+        while beat.metrics.gauges["mailbox_depth"] != 2 or beat.metrics.gauges["mailbox_age_seconds"] == 0:
+            assert time.monotonic() < deadline
+            beat = await actor.hear(Heartbeat)
+        assert beat.metrics.counters["unsent_messages_total"] == 1
+        assert beat.metrics.counters["process_cpu_seconds_total"] > 0
+        assert beat.metrics.gauges["resident_memory_bytes"] > 1 << 20
+        go_on.set()
+        await actor.tell(Shutdown(0.1))
+        await asyncio.wait_for(actor.ended, 20)
+        sender.close()
+        context.term()

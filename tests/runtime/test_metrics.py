@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from vlmrt.runtime.messages import ActorName, ActorStatus, Epoch, MetricsSnapshot, ServiceStatus
+from vlmrt.runtime.metric_table import METRICS
 from vlmrt.runtime.metrics import (
     EMPTY_SNAPSHOT,
-    METRICS,
     Metrics,
     merge_snapshots,
     parse_series_key,
-    prometheus_text,
     series_key,
 )
+from vlmrt.runtime.prometheus import VLLM_METRICS, prometheus_text
 
 
 def status(**snapshots: MetricsSnapshot) -> ServiceStatus:
@@ -46,6 +46,10 @@ def test_unknown_names_wrong_kinds_and_falling_counters_raise() -> None:
         metrics.add("preemptions_total", -1)
     with pytest.raises(ValueError, match="is a counter, not a histogram"):
         metrics.observe("preemptions_total", 0.1)
+    with pytest.raises(ValueError, match=r"has the labels \('code',\), not \(\)"):
+        metrics.add("http_requests_total")
+    with pytest.raises(ValueError, match=r"has the labels \(\), not \('code',\)"):
+        metrics.set("requests_running", 1, code="200")
 
 
 def test_every_metric_is_named_and_described_as_prometheus_wants() -> None:
@@ -54,6 +58,8 @@ def test_every_metric_is_named_and_described_as_prometheus_wants() -> None:
         assert bool(metric.bounds) == (metric.kind == "histogram"), name
         assert metric.bounds == tuple(sorted(set(metric.bounds))), name
         assert metric.help.endswith("."), name
+        assert metric.actors, name
+        assert metric.labels == tuple(sorted(metric.labels)), name
 
 
 def test_a_value_on_a_bound_falls_below_it() -> None:
@@ -65,13 +71,23 @@ def test_a_value_on_a_bound_falls_below_it() -> None:
     assert histogram.total == 104.0
 
 
-def test_a_series_that_nothing_was_counted_in_is_not_in_the_snapshot() -> None:
+def test_an_actor_begins_with_what_it_has_at_zero() -> None:
+    snapshot = Metrics("scheduler").snapshot()
+    assert snapshot.counters["preemptions_total"] == snapshot.counters["bad_frames_total"] == 0
+    assert "images_encoded_total" not in snapshot.counters
+    assert "actor_restarts_total" not in snapshot.counters  # the supervisor's to say
+    edge = Metrics("edge").snapshot()
+    assert sum(edge.histograms["time_to_first_token_seconds"].counts) == 0
+    assert not any(key.startswith("http_requests_total") for key in edge.counters)  # which codes there are is not known
+
+
+def test_a_series_by_itself_counts_into_the_snapshot() -> None:
     metrics = Metrics()
     series = metrics.histogram("inter_token_latency_seconds")
-    assert metrics.snapshot().histograms == {}
-    series.observe(0.0)
+    series.observe(0.02)
+    metrics.observe("inter_token_latency_seconds", 0.02)
     assert metrics.histogram("inter_token_latency_seconds") is series
-    assert sum(metrics.snapshot().histograms["inter_token_latency_seconds"].counts) == 1
+    assert sum(metrics.snapshot().histograms["inter_token_latency_seconds"].counts) == 2
 
 
 def test_counts_from_many_threads_are_all_there() -> None:
@@ -123,7 +139,7 @@ def test_the_text_is_read_back_by_prometheus_own_parser() -> None:
     assert read["vlmrt_actor_up", (vit,)] == 0
     assert read["vlmrt_actor_restarts_total", (vit,)] == 2
     assert read["vlmrt_heartbeat_age_seconds", (vit,)] == 9
-    assert read["vlmrt_loop_lag_ms", (edge,)] == 1.5
+    assert read["vlmrt_loop_lag_seconds", (edge,)] == 0.0015
     name = "vlmrt_time_to_first_token_seconds"
     buckets = [read[f"{name}_bucket", (edge, ("le", repr(b)))] for b in METRICS[name.removeprefix("vlmrt_")].bounds]
     assert buckets == sorted(buckets)
@@ -141,3 +157,47 @@ def test_the_text_has_help_and_type_for_each_metric() -> None:
 @given(st.dictionaries(st.from_regex(r"[a-z_][a-z0-9_]*", fullmatch=True), st.text(), max_size=3))
 def test_series_keys_are_read_back_whatever_the_values(labels: dict[str, str]) -> None:
     assert parse_series_key(series_key("http_requests_total", labels)) == ("http_requests_total", labels)
+
+
+# ---------------------------------------------------------------- vLLM's names
+
+
+def test_without_the_option_no_name_is_vllms() -> None:
+    assert b"vllm:" not in prometheus_text(status(edge_0=Metrics("edge").snapshot()))
+
+
+def test_every_metric_of_ours_behind_one_of_vllms_exists_and_is_of_one_kind() -> None:
+    for name, compat in VLLM_METRICS.items():
+        kinds = {METRICS[source].kind for source in compat.sources}
+        assert len(kinds) == 1, name
+        (kind,) = kinds
+        assert kind == "histogram" or name.endswith("_total") == (kind == "counter"), name
+
+
+def test_vllms_figures_are_the_sums_over_our_actors() -> None:
+    first, second, scheduler, rank, other = (Metrics() for _ in range(5))
+    for edge, count in ((first, 2), (second, 3)):
+        edge.add("request_success_total", count, finished_reason="stop")
+        edge.observe("time_to_first_token_seconds", 0.5)
+        edge.add("requests_aborted_total")
+    second.add("request_success_total", 1, finished_reason="tool_calls")
+    scheduler.set("kv_cache_usage_ratio", 0.25)
+    scheduler.add("embedding_cache_hits_total", 4)
+    scheduler.add("embedding_cache_host_hits_total", 1)
+    for llm in (rank, other):
+        llm.observe("step_tokens", 100)
+    snapshots = {"edge_0": first, "edge_1": second, "scheduler_0": scheduler, "llm_0": rank, "llm_1": other}
+    report = status(**{name: metrics.snapshot() for name, metrics in snapshots.items()})
+    read = samples(prometheus_text(report, "a-model"))
+    labels = (("engine", "0"), ("model_name", "a-model"))
+
+    def success(reason: str) -> float:
+        return read["vllm:request_success_total", (labels[0], ("finished_reason", reason), labels[1])]
+
+    assert (success("stop"), success("abort")) == (6, 2)
+    assert read["vllm:time_to_first_token_seconds_count", labels] == 2
+    assert read["vllm:time_to_first_token_seconds_sum", labels] == pytest.approx(1.0)
+    assert read["vllm:kv_cache_usage_perc", labels] == read["vllm:gpu_cache_usage_perc", labels] == 0.25
+    assert read["vllm:mm_cache_hits_total", labels] == 5
+    assert read["vllm:iteration_tokens_total_count", labels] == 1  # of one rank
+    assert read["vlmrt_step_tokens_count", (("actor", "llm:1"),)] == 1  # and ours are all there

@@ -230,6 +230,16 @@ def test_spans_beyond_the_bound_are_counted_and_dropped() -> None:
     assert num_counted(metrics, "request_queue_time_seconds") == MAX_SPANS + 5
 
 
+def test_spans_are_counted_in_the_histograms_that_no_actor_fills_itself() -> None:
+    metrics = Metrics()
+    timelines = Timelines(EDGE, metrics)
+    with timelines.timeline("r", "/") as timeline:
+        timeline.extend((Span("restore", "vit:0", 1.0, 3.0, "ab"), Span("encode", "vit:0", 1.0, 2.0, "cd")))
+    histograms = metrics.snapshot().histograms
+    assert histograms["restore_seconds"].total == 2.0
+    assert "encode_seconds" not in histograms  # the ViT's
+
+
 def test_a_block_that_raises_is_a_span_all_the_same() -> None:
     timelines = Timelines(EDGE, Metrics())
     with pytest.raises(RuntimeError), timelines.timeline("r", "/") as timeline, timeline.span("fetch", "x"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import cast
@@ -99,6 +100,13 @@ async def test_pixels_lie_in_the_arena_until_they_are_freed(worker: Worker) -> N
     assert worker.used_bytes == 0
     await worker.actor.handle(FreePixels((ready.pixels,)), SCHEDULER)  # twice is no harm
     assert worker.used_bytes == 0
+
+
+async def test_the_use_of_the_arena_is_shown(worker: Worker) -> None:
+    await worker.decode("a", PNG)
+    ready = await worker.ready()
+    assert 0.0 < ready.begin_s <= ready.end_s <= time.monotonic()
+    assert worker.context.metrics.snapshot().gauges["pixel_arena_bytes"] == worker.used_bytes > 0
 
 
 async def test_a_broken_picture_fails_alone(worker: Worker) -> None:
