@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 from vlmrt.runtime.config import ApiKey
@@ -30,6 +30,15 @@ def read_api_keys(
         if keys.setdefault(key, tenant) != tenant:
             raise StartupError(f"{source}: the key belongs to the tenant {keys[key] or 'none'!r} already")
     return tuple(ApiKey.of(key, tenant) for key, tenant in keys.items())
+
+
+def first_key(file: str | None, environment: Mapping[str, str]) -> str:
+    """The key that a client sends: the file's first, else the variable's; empty where there is none.
+
+    Raises: StartupError for a file that cannot be read, or holds no key.
+    """
+    keys = _of_file(file) if file is not None else _of_environment(dict(environment))
+    return next((key for _, key, _ in keys), "")
 
 
 def _of_flags(flags: Sequence[str] | None) -> Iterator[tuple[str, str, str]]:

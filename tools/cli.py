@@ -7,6 +7,7 @@ its options need and no more: help is instant because `run` imports the rest.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple, cast
@@ -23,15 +24,17 @@ class Command(NamedTuple):
 
 COMMANDS = (
     Command("launch", "serve a model behind an OpenAI-compatible HTTP API", "vlmrt.tools.launch_command"),
+    Command("chat", "chat with a model on the terminal", "vlmrt.tools.chat.command"),
     Command("admin", "see and steer a running service", "vlmrt.tools.admin.command"),
     Command("generate", "answer a file of requests, or one question, without a server", "vlmrt.tools.offline.command"),
     Command("export", "make the vision tower's files for another engine", "vlmrt.tools.export_command"),
     Command("doctor", "look whether this machine has what a launch needs", "vlmrt.tools.doctor.command"),
+    Command("completion", "print a script by which a shell completes commands and options", "vlmrt.tools.completion"),
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.  Returns the exit status: 0 clean, 1 a failure said in one line, 2 usage."""
+    """Run one command.  Returns the exit status: 0 clean, 1 a failure said in one line, 2 usage, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     if not words:
@@ -41,7 +44,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         words = [*words[1:], "--help"]
     arguments = parser.parse_args(words)
     modules = {command.name: command.module for command in COMMANDS}
-    return cast(CommandModule, importlib.import_module(modules[arguments.command])).run(arguments)
+    module = cast(CommandModule, importlib.import_module(modules[arguments.command]))
+    try:
+        status = module.run(arguments)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read the output has seen enough; nothing may be left to flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
 
 
 def build_parser() -> Parser:

@@ -40,7 +40,10 @@ def add_engine(parser: argparse.ArgumentParser, preset: str = "interactive") -> 
         help='the first is the one that answers report; "model" always works too',
     )
     model.add_argument(
-        "--max-model-len", type=positive_int, metavar="TOKENS", help="default: the model's own, <= 32768"
+        "--max-model-len",
+        type=positive_int,
+        metavar="TOKENS",
+        help="of prompt and answer together; default: the model's own, <= 32768",
     )
     model.add_argument("--chat-template", metavar="FILE", help="a Jinja template in place of the checkpoint's")
     model.add_argument(

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     http.add_argument(
         "--host", default="127.0.0.1", metavar="NAME", help="address to listen on; 0.0.0.0: every one of this machine"
     )
-    http.add_argument("--port", type=port_number, default=8000, metavar="N", help="0: any free port")
+    http.add_argument("--port", type=port_number, default=8000, metavar="N", help="to listen on; 0: any free port")
     http.add_argument(
         "--api-key",
         nargs="+",

@@ -8,9 +8,12 @@ import logging
 import re
 import subprocess
 import sys
+from pathlib import Path
 
+import msgspec
 import pytest
 
+from tests.runtime.services import fake_config, service
 from vlmrt.runtime.logs import JsonFormatter, TextFormatter, wants_colour
 
 
@@ -108,3 +111,21 @@ warnings.warn("old")
     assert "UserWarning: old" in lines[2]["message"]
     assert {(line["actor"], line["epoch"]) for line in lines} == {("media:1", 2)}
     assert done.stdout == ""
+
+
+async def test_an_actor_writes_objects_with_its_name_and_epoch_traceback_and_all(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = msgspec.structs.replace(fake_config(tmp_path), log_format="json", log_level="warning")
+    async with service(
+        config, {"edge": "Recorder", "media": "Recorder", "scheduler": "Unstartable"}, tmp_path
+    ) as running:
+        await running.until(lambda: bool(running.observer.of("failed")), "the failure")
+    async with service(config, {"edge": "Pinger", "scheduler": "Crasher"}, tmp_path) as running:
+        await running.until(lambda: bool(running.observer.of("down")), "the loss")
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    refused = next(line for line in lines if line["message"].startswith("start failed"))
+    assert (refused["actor"], refused["epoch"], refused["level"]) == ("scheduler:0", 1, "error")
+    crashed = next(line for line in lines if "exception" in line)
+    assert crashed["actor"] == "scheduler:0"
+    assert crashed["exception"].startswith(("Traceback", "  + Exception Group Traceback"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from tests.tools.option_table import PAGE, replaced
 from vlmrt.runtime.config import Config
 from vlmrt.runtime.errors import StartupError
 from vlmrt.tools import launch as launching
@@ -192,7 +194,7 @@ def test_the_configuration_directory_is_below_the_home_directory_unless_said(tmp
         ("c.yaml", "- tp\n", "lines of KEY: VALUE are expected"),
         ("c.yaml", "tp: !!python/object/apply:os.system ['true']\n", "line 1: could not determine a constructor"),
         ("c.yaml", "tp: *x\n", "found undefined alias"),
-        ("c.yaml", "[" * 10_000, "c.yaml"),
+        ("c.yaml", "[" * 3_000, "c.yaml"),
         ("c.toml", "#" * (MAX_FILE_BYTES + 1), "more than 1 MiB"),
     ],
 )  # fmt: skip
@@ -376,3 +378,22 @@ def test_the_environment_of_this_process_is_left_alone(monkeypatch: pytest.Monke
     before = dict(os.environ)
     read_settings(launch_parser(), [], os.environ)
     assert dict(os.environ) == before
+
+
+# ---------------------------------------------------------------- the page about it
+
+
+def test_the_page_has_the_options_that_there_are() -> None:
+    page = PAGE.read_text()
+    assert page == replaced(page), "write it anew: python -m tests.tools.option_table"
+    assert all(f"`--{name}" in page for name in settings_of(launch_parser()))
+
+
+def test_the_files_of_the_page_are_read_and_mean_the_same(tmp_path: Path) -> None:
+    blocks = dict(re.findall(r"```(toml|yaml)\n(.*?)```", PAGE.read_text(), re.DOTALL))
+    found = [settings("--config", file_of(tmp_path, text, f"c.{suffix}")) for suffix, text in blocks.items()]
+    own = ("command_line", "config")
+    of_toml, of_yaml = ({k: v for k, v in vars(one.arguments).items() if k not in own} for one in found)
+    assert of_toml == of_yaml
+    assert of_toml["tp"] == 2
+    assert of_toml["served_model_name"] == ["qwen", "vision"]

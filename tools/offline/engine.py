@@ -52,6 +52,7 @@ class Engine:
         self._calls: set[asyncio.Task[Any]] = set()
         self._started: Future[None] = Future()
         self._ended = asyncio.Event()
+        self._url = ""
         self._why = ""  # it ended, in the service's own words
         self._stopping = asyncio.Event()
         self._bars = LoadingBars(stderr_console()) if show_loading else None
@@ -75,6 +76,11 @@ class Engine:
         finally:
             if self._bars is not None:
                 self._bars.stop()
+
+    @property
+    def url(self) -> str:
+        """Of the service: unix:PATH."""
+        return self._url
 
     @property
     def pid(self) -> int:
@@ -170,6 +176,7 @@ class Engine:
                 if self._bars is not None and not self._started.done():
                     self._bars.show(report.actor, report.stage, report.done, report.total)
             case ServiceReady() if self._client is None:
+                self._url = report.url
                 connector = aiohttp.UnixConnector(report.url.removeprefix("unix:"), limit=0)
                 session = await stack.enter_async_context(
                     aiohttp.ClientSession(

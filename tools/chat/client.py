@@ -1,0 +1,142 @@
+"""One answer of a server with OpenAI's API, as it streams: its text, then its figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, NamedTuple
+
+import aiohttp
+
+CONNECT_S = 10.0
+SILENCE_S = 660.0  # between two bytes: a server may let a request wait for ten minutes
+MAX_LINE_BYTES = 16 << 20
+MAX_ERROR_BYTES = 64 << 10
+
+
+class ChatError(Exception):
+    """What a server refused, or that there is none, in one line."""
+
+
+class Figures(NamedTuple):
+    """Of one answer."""
+
+    total_s: float = 0.0
+    ttft_s: float | None = None  # None: no text came
+    decode_s: float = 0.0  # from the first text to the last
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    finish_reason: str = ""
+
+
+class Server(NamedTuple):
+    """Where to ask: a URL without /v1, or unix:PATH."""
+
+    url: str
+    api_key: str = ""
+
+    @property
+    def base(self) -> str:
+        return "http://localhost" if self.url.startswith("unix:") else self.url
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[aiohttp.ClientSession]:
+        connector = (
+            aiohttp.UnixConnector(self.url.removeprefix("unix:"))
+            if self.url.startswith("unix:")
+            else aiohttp.TCPConnector()
+        )
+        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SILENCE_S)
+        async with aiohttp.ClientSession(
+            connector=connector, headers=headers, timeout=timeout, read_bufsize=MAX_LINE_BYTES
+        ) as session:
+            try:
+                yield session
+            except aiohttp.InvalidURL:
+                raise ChatError(f"{self.url} is no URL") from None
+            except aiohttp.ClientConnectorError as error:
+                known = error.errno is not None and error.errno > 0  # else it is of the name
+                reason = os.strerror(error.errno or 0) if known else error.strerror
+                raise ChatError(f"no server at {self.url} ({reason}); `vlmrt launch` starts one") from None
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise ChatError(f"the connection to {self.url} broke: {reason}") from None
+
+
+async def first_model(server: Server) -> str:
+    """The name of the first model that is served.  Raises: ChatError."""
+    async with server.session() as session, session.get(f"{server.base}/v1/models") as response:
+        await _check(response)
+        try:
+            return str((await response.json(content_type=None))["data"][0]["id"])
+        except (ValueError, KeyError, IndexError, TypeError):
+            raise ChatError(f"{server.url} does not say which models it serves") from None
+
+
+async def stream_answer(server: Server, body: dict[str, Any], show: Callable[[str], None]) -> Figures:
+    """Ask, and show each piece of the answer's text as it comes.  Raises: ChatError, also in the middle."""
+    began_s = time.monotonic()
+    first_s = last_s = 0.0
+    usage: dict[str, Any] = {}
+    finish_reason = ""
+    async with server.session() as session, session.post(f"{server.base}/v1/chat/completions", json=body) as response:
+        await _check(response)
+        async for event in _events(response):
+            if "error" in event:
+                raise ChatError(_message(event["error"]))
+            for choice in event.get("choices") or ():
+                text = (choice.get("delta") or {}).get("content") or ""
+                if text:
+                    last_s = time.monotonic()
+                    first_s = first_s or last_s
+                    show(text)
+                finish_reason = choice.get("finish_reason") or finish_reason
+            usage = event.get("usage") or usage
+    return Figures(
+        total_s=time.monotonic() - began_s,
+        ttft_s=first_s - began_s if first_s else None,
+        decode_s=last_s - first_s,
+        prompt_tokens=int(usage.get("prompt_tokens") or 0),
+        cached_tokens=int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0),
+        output_tokens=int(usage.get("completion_tokens") or 0),
+        finish_reason=finish_reason,
+    )
+
+
+async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
+    """Raises: ChatError for a stream that ends before its end, or says what is no event."""
+    try:
+        async for line in response.content:
+            field, _, value = line.decode(errors="replace").strip().partition(":")
+            if field != "data":
+                continue
+            if value.strip() == "[DONE]":
+                return
+            event = json.loads(value)
+            if isinstance(event, dict):
+                yield event
+    except ValueError:
+        raise ChatError("the server's stream is not what the API has") from None
+    raise ChatError("the server ended the answer in the middle")
+
+
+async def _check(response: aiohttp.ClientResponse) -> None:
+    if response.status == 200:
+        return
+    text = (await response.content.read(MAX_ERROR_BYTES)).decode(errors="replace")
+    try:
+        message = _message(json.loads(text)["error"])
+    except (ValueError, KeyError, TypeError):
+        message = " ".join(text.split())[:200] or str(response.reason)
+    hint = "; give the key in VLMRT_API_KEY or --api-key-file" if response.status == 401 else ""
+    raise ChatError(f"{message} (status {response.status}){hint}")
+
+
+def _message(error: Any) -> str:
+    message = error.get("message") if isinstance(error, dict) else error
+    return " ".join(str(message).split())
