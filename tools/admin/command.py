@@ -63,10 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_where(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("which service")
-    where.add_argument("--address", metavar="ADDRESS", help="as the service's --admin-address, or ipc://PATH")
-    where.add_argument("--pid", type=positive_int, metavar="PID", help="of the service, where several run")
-    where.add_argument("--keys", metavar="DIR", help="CURVE keys of an operator: the client folder of `keygen`")
-    where.add_argument("--token-file", metavar="FILE", help="the secret of the service's --admin-token-file")
+    place = where.add_mutually_exclusive_group()
+    place.add_argument("--address", metavar="ADDRESS", help="as the service's --admin-address, or ipc://PATH")
+    place.add_argument("--pid", type=positive_int, metavar="PID", help="of the service, where several run")
+    key = where.add_mutually_exclusive_group()
+    key.add_argument("--keys", metavar="DIR", help="CURVE keys of an operator: the client folder of `keygen`")
+    key.add_argument("--token-file", metavar="FILE", help="the secret of the service's --admin-token-file")
     where.add_argument("--timeout", type=positive_float, default=10.0, metavar="S", help="for each answer")
 
 
