@@ -14,7 +14,7 @@ Screen { background: $background; }
 .wide #numbers { max-width: 100; }
 .wide #latencies { margin: 1 0 0 0; }
 Sparkline { height: 3; }
-DataTable { scrollbar-size: 1 1; }
+DataTable { scrollbar-size: 1 1; background: $background; }
 #actors { height: auto; max-height: 40%; border-top: solid $primary; border-title-color: $text; }
 #requests { height: 1fr; border-top: solid $primary; border-title-color: $text; }
 .gone #figures, .gone #latencies, .gone #actors, .gone #requests { opacity: 50%; }
