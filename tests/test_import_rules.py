@@ -32,6 +32,8 @@ LIGHT = (
     "vlmrt.runtime.supervisor",
     "vlmrt.runtime.process",
     "vlmrt.runtime.sweeper",
+    "vlmrt.tools.admin.command",
+    "vlmrt.tools.admin.top.app",
     "vlmrt.tools.cli",
     "vlmrt.tools.launch",
     "vlmrt.tools.export",

@@ -20,6 +20,8 @@ from vlmrt.runtime.messages import (
     PROTOCOL_VERSION,
     Abort,
     ActorName,
+    AdminAnswer,
+    AdminAsk,
     ArenaRef,
     ClipInfo,
     ControlInbox,
@@ -58,6 +60,7 @@ from vlmrt.runtime.messages import (
     VitInbox,
     VitReady,
 )
+from vlmrt.runtime.questions import Cancelled, EmptyCaches
 from vlmrt.runtime.timeline import Span
 from vlmrt.runtime.topology import INBOXES
 
@@ -100,6 +103,8 @@ EXAMPLES: list[tuple[Any, Message]] = [
     (VitInbox, Restore(2, MmHash("a"), 4, (7, 0), (3, 1))),
     (SupervisorInbox, Hello(EDGE, Epoch(3), 99, PROTOCOL_VERSION, "ipc:///x")),
     (SupervisorInbox, Ready(VitReady(HostSlabExport("slab/vit:0/1", 4, 16, 64, "float32")))),
+    (SupervisorInbox, AdminAnswer(7, Cancelled(1))),
+    (ControlInbox, AdminAsk(7, EmptyCaches(("prefix",)))),
     (ControlInbox, PeerUp(EDGE, Epoch(3), "ipc:///x", EdgeReady())),
 ]
 
