@@ -181,7 +181,7 @@ def target_of(arguments: argparse.Namespace) -> Target:
     if not is_chat and not arguments.endpoint.endswith("/completions"):
         raise ValueError(f"--endpoint {arguments.endpoint} ends neither with /chat/completions nor with /completions")
     return Target(
-        url=(arguments.base_url or f"http://{arguments.host}:{arguments.port}").rstrip("/"),
+        url=url_of(arguments),
         endpoint=arguments.endpoint,
         headers=tuple(headers),
         ignore_eos=arguments.ignore_eos,
@@ -189,6 +189,14 @@ def target_of(arguments: argparse.Namespace) -> Target:
         verified=not arguments.insecure,
         tokenizer=arguments.tokenizer,
     )
+
+
+def url_of(arguments: argparse.Namespace) -> str:
+    """Without the /v1 that clients of OpenAI have at the end of theirs, since the endpoint has it."""
+    url: str = (arguments.base_url or f"http://{arguments.host}:{arguments.port}").rstrip("/")
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"--base-url {url} begins neither with http:// nor with https://")
+    return url.removesuffix("/v1") if arguments.endpoint.startswith("/v1/") else url
 
 
 def arrivals_of(arguments: argparse.Namespace) -> Arrivals:

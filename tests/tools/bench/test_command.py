@@ -154,6 +154,7 @@ def test_a_sweep_has_a_row_and_a_point_for_each_concurrency(
     [
         (["--dataset-name", "jsonl"], "--dataset-name jsonl needs --dataset-path"),
         (["--dataset-name", "stall", "--request-rate", "3"], "its bursts come at their own times"),
+        (["--base-url", "127.0.0.1:8000"], "begins neither with http:// nor with https://"),
         (["--extra-body", "[1]"], "--extra-body [1]: no JSON object"),
         (["--ramp-up-strategy", "linear"], "needs --ramp-up-start-rps and --ramp-up-end-rps"),
         (["--endpoint", "/v1/completions", "--dataset-name", "images"], "needs an --endpoint of chat completions"),
@@ -201,6 +202,10 @@ def test_nobody_at_the_address_is_one_line_and_status_1(capfd: pytest.CaptureFix
 def test_names_of_options_are_those_of_the_figures() -> None:
     assert tuple(SAMPLES) == tuple(HEADINGS) == METRIC_NAMES
     assert tuple(OBJECTIVES) == OBJECTIVE_NAMES
+
+
+def test_a_url_may_end_as_those_of_openais_clients_do(server: ScriptedServer) -> None:
+    assert bench("serve", server, "--base-url", f"{server.url}/v1/") == 0
 
 
 def test_a_key_of_the_environment_goes_into_the_headers(
