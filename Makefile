@@ -1,5 +1,5 @@
 # make run    install into .venv and launch the server with the demo model
-# make test   install with the test extras and run the whole suite
+# make test   install with the test extras and run the whole suite, on two cores
 # make coverage  the same, with the lines that ran in the tests' own process: their Python takes twice as long
 # make check  ruff, mypy --strict
 # make test-clients  every client of tests/clients/environments in an environment of its own
@@ -9,7 +9,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
-PYTEST := $(BIN)/python -m pytest -m "not soak and not gpu and not clients"
+# a worker takes whole files, whose servers and models are made once; ARGS="-n 0 --pdb tests/x.py" runs without workers
+PYTEST := $(BIN)/python -m pytest -m "not soak and not gpu and not clients" -n 2 --dist loadscope --no-loadscope-reorder
 
 .PHONY: install run test coverage test-clients judges check soak clean
 
