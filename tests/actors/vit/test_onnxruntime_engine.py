@@ -41,7 +41,7 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
 CPU = torch.device("cpu")
-NUM_BATCHES = 8  # of `make test`; the soak has 20
+NUM_BATCHES = 20
 
 
 @dataclass
@@ -88,10 +88,10 @@ def exact_rows(checkpoint: Checkpoint, images: list[Pixels], grids: list[GridThw
 
 
 @torch.inference_mode()
-def check_rows(exported: Exported, num_batches: int) -> None:
+def test_rows_of_mixed_batches_are_as_exact_as_those_of_torch(exported: Exported) -> None:
     engine = exported.engine()
     eager = TorchEngine(exported.tower, exported.checkpoint.processing, CPU, 1e6)
-    for seed in range(num_batches):
+    for seed in range(NUM_BATCHES):
         images, grids = mixed_batch(seed)
         exact = exact_rows(exported.checkpoint, images, grids)
         rows = encode(engine, images, grids)
@@ -99,15 +99,6 @@ def check_rows(exported: Exported, num_batches: int) -> None:
         assert F.cosine_similarity(rows.double(), exact, dim=1).min() > 0.9999
         eager_error, error = ((given - exact).abs().max() for given in (encode(eager, images, grids), rows))
         assert error <= 2 * eager_error + torch.finfo(torch.float32).eps / 2 * exact.abs().max()
-
-
-def test_rows_of_mixed_batches_are_as_exact_as_those_of_torch(exported: Exported) -> None:
-    check_rows(exported, NUM_BATCHES)
-
-
-@pytest.mark.soak
-def test_rows_of_twenty_mixed_batches_are_as_exact_as_those_of_torch(exported: Exported) -> None:
-    check_rows(exported, 20)
 
 
 def test_the_weights_lie_beside_the_graph(exported: Exported) -> None:
