@@ -9,15 +9,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: install run test test-clients judges check soak clean
+.PHONY: install run test browser test-clients judges check soak clean
 
 install: $(VENV)/.installed
 
 run: install
 	$(BIN)/vlmrt launch $(ARGS)
 
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test browser
 	$(BIN)/python -m pytest -m "not soak and not gpu and not clients" --cov --cov-report=term $(ARGS)
+
+# The page is tested in a browser where there is one; nothing else needs it
+browser:
+	@{ command -v chromium && command -v chromedriver; } >/dev/null || \
+	  { test "$$(id -u)" = 0 && apt-get update -qq && \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver; } || \
+	  echo "No chromium and chromedriver: tests of the page in a browser are skipped (apt-get install chromium chromium-driver)"
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -7,35 +7,45 @@ from typing import NamedTuple
 
 import msgspec
 
+from benchmarks.clips import Clip, clip_url
 from benchmarks.images import Picture, data_url
 
 EVENT = b"data: "
 DONE = b"[DONE]"
 
+Medium = Picture | Clip
+
 
 class Ask(NamedTuple):
-    """One request: pictures, a text, and how many tokens the answer has."""
+    """One request: pictures and clips, a text, and how many tokens the answer has."""
 
     text: str
     num_tokens: int | None  # None: as many as the context holds
-    pictures: tuple[Picture, ...] = ()
+    pictures: tuple[Medium, ...] = ()
     at_s: float = 0.0  # not sent earlier than this after the start
     turn: int = 1  # of a dialogue: from 2 on, what its client asked and got since turn 1 is sent before it
 
 
-def drawn(asks: Iterable[Ask]) -> dict[Picture, msgspec.Raw]:
-    """Every picture of these as the part of a message that it is in any body."""
-    pictures = {picture for ask in asks for picture in ask.pictures}
-    return {
-        picture: encoded({"type": "image_url", "image_url": {"url": data_url(picture)}})
-        for picture in sorted(pictures)  # not a set's own order, which differs between runs
-    }
+def drawn(asks: Iterable[Ask]) -> dict[Medium, msgspec.Raw]:
+    """Every picture and clip of these as the part of a message that it is in any body."""
+    media = dict.fromkeys(medium for ask in asks for medium in ask.pictures)
+    return {medium: encoded(part_of(medium)) for medium in media}
+
+
+def part_of(medium: Medium) -> dict[str, object]:
+    match medium:
+        case Picture():
+            return {"type": "image_url", "image_url": {"url": data_url(medium)}}
+        case Clip():
+            sampling = {"fps": medium.fps, "num_frames": medium.num_frames}
+            chosen = {name: value for name, value in sampling.items() if value is not None}
+            return {"type": "video_url", "video_url": {"url": clip_url(medium), **chosen}}
 
 
 class Dialogue:
     """The messages of a client since turn 1. They stay JSON, so that a body costs little more than its copy."""
 
-    def __init__(self, parts: Mapping[Picture, msgspec.Raw]) -> None:
+    def __init__(self, parts: Mapping[Medium, msgspec.Raw]) -> None:
         self._parts = parts
         self._messages: list[msgspec.Raw] = []
 

@@ -22,8 +22,7 @@ import aiohttp
 import msgspec
 import uvloop
 
-from benchmarks.asks import Ask, Dialogue, drawn
-from benchmarks.images import Picture
+from benchmarks.asks import Ask, Dialogue, Medium, drawn
 
 CONNECT_S = 0.5  # for all clients to open their connections before the clock starts
 JSON = {"Content-Type": "application/json"}
@@ -98,7 +97,7 @@ class Player:
         self,
         session: aiohttp.ClientSession,
         url: str,
-        parts: Mapping[Picture, msgspec.Raw],
+        parts: Mapping[Medium, msgspec.Raw],
         start_s: float,
         limit_s: float,
     ) -> None:
@@ -172,7 +171,7 @@ def wrong_end(ask: Ask, count: AnswerCount, *, stopped_by_parent: bool) -> str |
 
 
 async def play(
-    connection: Connection, url: str, clients: Sequence[Client], parts: Mapping[Picture, msgspec.Raw], load: Load
+    connection: Connection, url: str, clients: Sequence[Client], parts: Mapping[Medium, msgspec.Raw], load: Load
 ) -> list[list[Reply]]:
     """Open the connections, wait for the start time that the parent sends, play.
 

@@ -23,7 +23,12 @@ GAUGES = (
     "mailbox_age_seconds",
     "loop_lag_ms",
 )
-BUSY = ("decode_image_seconds", "encode_seconds", "step_seconds")  # of work that one process does one after the other
+BUSY = (
+    "decode_image_seconds",
+    "decode_frames_seconds",
+    "encode_seconds",
+    "step_seconds",
+)  # of work that one process does one after the other
 
 Key = tuple[str, str]  # (actor, metric and its other labels)
 
@@ -160,11 +165,11 @@ def request_lines(moved: Mapping[Key, Histogram]) -> list[str]:
     num_ended, end_ms = sums("e2e_request_latency_seconds")
     if not num_requests:
         return []
-    decoding, tower, steps = (sums(name)[1] / num_requests for name in BUSY)
+    images, frames, tower, steps = (sums(name)[1] / num_requests for name in BUSY)
     return [
         f"  a request of {num_requests:.0f}: first token after {first_ms / num_requests:.1f} ms, "
         f"end after {end_ms / max(1, num_ended):.1f} ms; "
-        f"work: decoding {decoding:.2f} ms, tower {tower:.2f} ms, steps {steps:.2f} ms"
+        f"work: decoding {images + frames:.2f} ms, tower {tower:.2f} ms, steps {steps:.2f} ms"
     ]
 
 

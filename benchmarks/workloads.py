@@ -8,14 +8,18 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from benchmarks.asks import Ask
+from benchmarks.asks import Ask, Medium
 from benchmarks.client import Client, Load, Replies, Reply
+from benchmarks.clips import Clip
 from benchmarks.figures import Figures, itl_figures, span_s, stall_figures, ttft_figures, turn_figures
 from benchmarks.images import Picture
 
 VGA = (640, 480)
 LARGE = (1280, 960)
+HD = (1280, 720)
+CLIP_SECONDS = 10
 TEXT = "Write a long story about a river, a town and the people who live there."
+CLIP_QUESTION = "What happens in this clip?"
 QUESTION = "Compare these pictures and describe what you see in each of them."
 TURNS = (
     "What is in this picture?",
@@ -144,8 +148,30 @@ def sliding_window(name: str, num_users: int, num_turns: int, num_tokens: int) -
     return load
 
 
-def pictures_of(load: Load) -> set[Picture]:
-    """The distinct pictures that a load sends."""
+def clips(
+    name: str,
+    num_requests: int,
+    num_clients: int,
+    num_tokens: int,
+    *,
+    fresh: bool = True,
+    num_frames: int | None = None,
+) -> Callable[[Scale, int], Load]:
+    """Clients that send a clip and a question, at 2 frames a second unless num_frames says how many."""
+
+    def load(scale: Scale, seed: int) -> Load:
+        def ask(request: int) -> Ask:
+            numbers = (seed, zlib.crc32(name.encode()), request if fresh else 0)
+            clip = Clip(*HD, max(1, scale(CLIP_SECONDS)), numbers, None if num_frames else 2.0, num_frames)
+            return Ask(CLIP_QUESTION, max(4, scale(num_tokens)), (clip,))
+
+        return closed_loop([ask(request) for request in range(scale(num_requests))], num_clients)
+
+    return load
+
+
+def pictures_of(load: Load) -> set[Medium]:
+    """The distinct pictures and clips that a load sends."""
     asks = itertools.chain(load.streams, *load.clients)
     return {picture for ask in asks for picture in ask.pictures}
 
@@ -251,6 +277,34 @@ WORKLOADS = (
         sliding_window("window", 10, 2, 16),
         request_rate,
         shows_caches=True,
+    ),
+    Workload(
+        "clips",
+        "10 clients, 30 requests of a fresh clip each, 10 s of 1280x720 at 2 fps, 128 tokens out",
+        clips("clips", 30, NUM_CLIENTS, 128),
+        clips("clips", 4, 4, 16),
+        request_rate,
+    ),
+    Workload(
+        "clips-same",
+        "10 clients, 100 requests of one such clip, 128 tokens out",
+        clips("clips-same", 100, NUM_CLIENTS, 128, fresh=False),
+        clips("clips-same", 4, 4, 16, fresh=False),
+        request_rate,
+    ),
+    Workload(
+        "one-clip",
+        "one client, 8 requests of a fresh such clip each, 16 tokens out",
+        clips("one-clip", 8, 1, 16),
+        clips("one-clip", 2, 1, 16),
+        request_rate,
+    ),
+    Workload(
+        "one-group",
+        "the same with 2 frames of each clip, which are one temporal group",
+        clips("one-group", 8, 1, 16, num_frames=2),
+        clips("one-group", 2, 1, 16, num_frames=2),
+        request_rate,
     ),
 )
 START = "start"  # the launch itself

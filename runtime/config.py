@@ -66,6 +66,7 @@ class ServerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_fetch_mib: int = 32
     cors_origins: tuple[str, ...] = ()
     admin_routes: bool = False  # cache resets by HTTP
+    page: bool = True  # at / for browsers
     api_keys: tuple[ApiKey, ...] = ()  # none: whoever reaches the address may use it
     metrics_compat: Literal["none", "vllm"] = "none"  # vllm: /metrics has the same figures under vLLM's names as well
     otlp_endpoint: str = ""  # base URL of an OpenTelemetry collector that is sent a span tree per request; "": nobody

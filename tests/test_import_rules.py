@@ -37,6 +37,9 @@ LIGHT = (
     "vlmrt.tools.cli",
     "vlmrt.tools.launch",
     "vlmrt.tools.export",
+    "vlmrt.tools.chat.chat",
+    "vlmrt.tools.doctor.host",
+    "vlmrt.tools.doctor.probes",
 )
 OTHER_ENGINES = ("onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx")
 HEAVY = ("torch", "transformers", "numba", "triton", *OTHER_ENGINES)

@@ -222,6 +222,7 @@ def server_options(arguments: argparse.Namespace) -> ServerOptions:
         allowed_media_root=None if root is None else str(Path(root).resolve()),
         cors_origins=tuple(arguments.cors_origins),
         admin_routes=arguments.admin_routes,
+        page=not arguments.no_page,
         log_requests=arguments.log_requests,
         metrics_compat=arguments.metrics_compat,
         otlp_endpoint=arguments.otlp_endpoint or "",

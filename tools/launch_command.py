@@ -73,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="a log line for each request: status, tokens, times, and nothing of its text",
     )
+    http.add_argument("--no-page", action="store_true", help="no page to chat on at / for browsers")
     http.add_argument(
         "--metrics-compat",
         choices=("none", "vllm"),

@@ -62,6 +62,7 @@ from vlmrt.runtime.messages import (
     ServiceStatus,
 )
 from vlmrt.runtime.questions import CancelRequest, Finding, FindTimeline, ListRequests, Question, TimelineFound
+from vlmrt.runtime.service_stats import StatsHistory
 from vlmrt.runtime.timeline import Timeline
 
 NUM_THREADS = 2  # hashing, tokenizing long prompts, base64
@@ -84,6 +85,7 @@ class EdgeActor:
         self._open_answers = OpenAnswers()
         probe_timeout_s = PROBE_PATIENCE * context.config.video.group_timeout_s
         self._prober = ClipProber(context.outbox, context.metrics, probe_timeout_s)
+        self._stats = StatsHistory()
         self._exporter: TimelineExporter | None = None
         self.timelines = Timelines(context.name, context.metrics, self._export)
         self._health = Health(context.config.supervision.heartbeat_timeout_s)
@@ -222,6 +224,7 @@ class EdgeActor:
             ),
             link=self._link,
             health=self._health,
+            stats=self._stats,
             metrics=metrics,
         )
 
@@ -235,6 +238,7 @@ class EdgeActor:
 
     async def status(self, status: ServiceStatus) -> None:
         self._health.update(status)
+        self._stats.add(status)
         self._link.draining = status.draining
         self._context.metrics.set("media_bytes_in_flight", self._budget.used_bytes)
         self._context.metrics.set("requests_preparing", self.timelines.num_preparing)

@@ -12,7 +12,18 @@ from vlmrt.runtime.errors import RequestError
 
 TENANT = web.RequestKey("tenant", str)
 OPEN_ROUTES = frozenset(
-    ("/", "/health", "/health/live", "/health/ready", "/ping", "/version", "/metrics", "/openapi.json")
+    (
+        "/",
+        "/page/config",
+        "/page/{file}",
+        "/health",
+        "/health/live",
+        "/health/ready",
+        "/ping",
+        "/version",
+        "/metrics",
+        "/openapi.json",
+    )
 )
 SEPARATOR = " "  # of a tenant and a salt; neither has one, so no two pairs of them look alike
 

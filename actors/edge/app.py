@@ -22,6 +22,7 @@ from vlmrt.actors.edge.completions import CompletionEndpoint
 from vlmrt.actors.edge.error_answers import ANTHROPIC, LABEL, error_response, from_http
 from vlmrt.actors.edge.health import Health, LiveReport, Load, ResetReport, Version
 from vlmrt.actors.edge.openapi import openapi_document
+from vlmrt.actors.edge.page_files import PageConfig, PageFiles, accepts_html
 from vlmrt.actors.edge.responses import encode_json
 from vlmrt.actors.edge.responses_api import ResponsesEndpoint
 from vlmrt.actors.edge.scheduler_link import SchedulerLink
@@ -32,6 +33,7 @@ from vlmrt.runtime.errors import RequestError
 from vlmrt.runtime.messages import PROTOCOL_VERSION
 from vlmrt.runtime.metrics import Metrics
 from vlmrt.runtime.prometheus import CONTENT_TYPE, prometheus_text
+from vlmrt.runtime.service_stats import StatsHistory
 
 REQUEST_ID = "x-request-id"
 MAX_LINE_BYTES = 16 << 10
@@ -57,6 +59,7 @@ class AppCollaborators(Struct, frozen=True):
     tokenization: TokenizationEndpoint
     link: SchedulerLink
     health: Health
+    stats: StatsHistory
     metrics: Metrics
 
 
@@ -85,9 +88,12 @@ def build_app(collaborators: AppCollaborators) -> web.Application:
             web.get("/version", routes.version),
             web.get("/load", routes.load),
             web.get("/metrics", routes.metrics),
+            web.get("/stats", routes.stats),
             web.get("/openapi.json", routes.openapi),
         ]
     )
+    if routes.page is not None:
+        app.add_routes([web.get("/page/config", routes.page_config), web.get("/page/{file:.+}", routes.page.file)])
     if collaborators.config.server.admin_routes:
         app.add_routes(
             [
@@ -104,10 +110,16 @@ class Routes:
     def __init__(self, collaborators: AppCollaborators) -> None:
         self._with = collaborators
         self._created = int(time.time())
+        self.page = PageFiles() if collaborators.config.server.page else None
 
     async def root(self, request: web.Request) -> web.Response:
+        if self.page is not None and accepts_html(request):
+            return self.page.index(request)
         name = self._with.model.names[0]
         return web.Response(text=f"vlmrt {vlmrt.__version__} serves {name}; the API is at /v1/chat/completions\n")
+
+    async def page_config(self, request: web.Request) -> web.Response:
+        return _json(PageConfig.of(self._with.config), headers={"Cache-Control": "no-store"})
 
     async def models(self, request: web.Request) -> web.Response:
         model = self._with.model
@@ -143,10 +155,16 @@ class Routes:
     async def metrics(self, request: web.Request) -> web.Response:
         status = self._with.health.status
         if status is None:
-            raise RequestError("no metrics yet; try again", status=503, code="service_unavailable", retry_after_s=1)
+            raise _not_yet("metrics")
         compat = self._with.config.server.metrics_compat == "vllm"
         text = prometheus_text(status, self._with.model.names[0] if compat else None)
         return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})
+
+    async def stats(self, request: web.Request) -> web.Response:
+        stats = self._with.stats.stats()
+        if stats is None:
+            raise _not_yet("stats")
+        return _json(stats, headers={"Cache-Control": "no-store"})
 
     async def reset_prefix_cache(self, request: web.Request) -> web.Response:
         await self._with.link.reset("prefix")
@@ -257,6 +275,10 @@ def _add_headers(origins: OriginPolicy) -> Callable[[web.Request, web.StreamResp
             response.headers["Vary"] = "Origin"
 
     return add_headers
+
+
+def _not_yet(what: str) -> RequestError:
+    return RequestError(f"no {what} yet; try again", status=503, code="service_unavailable", retry_after_s=1)
 
 
 def _json(value: object, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 import aiohttp
+import pybase64
 from aiohttp.abc import AbstractResolver, ResolveResult
 from msgspec import Struct
 from yarl import URL
@@ -278,12 +279,12 @@ def _decode_base64(text: str) -> bytes:
     """Raises: ValueError."""
     plain = text.encode("ascii")
     try:
-        return binascii.a2b_base64(plain, strict_mode=True)
+        return pybase64.b64decode(plain, validate=True)  # 40 times as fast as the standard library's
     except binascii.Error:
         if b"%" in plain:
             plain = unquote_to_bytes(plain)
         plain = plain.translate(_URL_SAFE, b" \t\r\n\f\v=")
-        return binascii.a2b_base64(plain + b"=" * (-len(plain) % 4), strict_mode=True)
+        return pybase64.b64decode(plain + b"=" * (-len(plain) % 4), validate=True)
 
 
 def read_file_url(url: str, root: str, max_bytes: int) -> bytes:

@@ -131,11 +131,6 @@ class Answer:
         return self._num_ended == self.num_choices
 
     @property
-    def time_to_first_token_s(self) -> float | None:
-        first_token_s = self._timeline.first_token_s
-        return None if first_token_s is None else first_token_s - self._timeline.arrived_s
-
-    @property
     def usage(self) -> ChatUsage:
         """So far: every prompt once, the outputs of all choices."""
         prompts = [first.generation.prompt for first in self._firsts]
@@ -144,6 +139,12 @@ class Answer:
             num_image_tokens=sum(prompt.num_image_tokens for prompt in prompts),
             num_video_tokens=sum(prompt.num_video_tokens for prompt in prompts),
         )
+
+    @property
+    def time_to_first_token_s(self) -> float | None:
+        """Since the request arrived; None before that token."""
+        first_s = self._timeline.first_token_s
+        return None if first_s is None else first_s - self._timeline.arrived_s
 
     @property
     def request_ids(self) -> list[RequestId]:

@@ -20,6 +20,7 @@ from vlmrt.actors.edge.chat_request import ChatRequest
 from vlmrt.actors.edge.completion_request import CompletionRequest
 from vlmrt.actors.edge.error_answers import ANTHROPIC
 from vlmrt.actors.edge.health import HealthReport, LiveReport, Load, ResetReport, Version
+from vlmrt.actors.edge.page_files import MEDIA_TYPES, PageConfig
 from vlmrt.actors.edge.responses import (
     ChatCompletion,
     DetokenizeAnswer,
@@ -33,8 +34,10 @@ from vlmrt.actors.edge.responses_request import ResponsesRequest
 from vlmrt.actors.edge.served_model import ModelCard, ModelList
 from vlmrt.actors.edge.tokenization import DetokenizeRequest, TokenizeRequest
 from vlmrt.runtime.config import ServerOptions
+from vlmrt.runtime.service_stats import ServiceStats
 
 TEXT = "text/plain"
+HTML = "text/html"
 JSON = "application/json"
 EVENTS = "text/event-stream"
 REF = "#/components/schemas/{name}"
@@ -44,7 +47,7 @@ STATUSES = {
     400: "A field, or HTTP itself, is wrong; the message names field, value and bound",
     401: "No API key, or none of this server's",
     403: "Asked under a foreign host name, or by a page of an origin that is not allowed",
-    404: "There is no such model",
+    404: "There is no such model, or file",
     408: "The body stopped coming",
     413: "The body is too large",
     415: "The body is not JSON, or is compressed",
@@ -70,12 +73,14 @@ class Operation(Struct, frozen=True, kw_only=True):
     path: str
     summary: str
     answer: type[Struct] | None  # None: a text
+    texts: tuple[str, ...] = (TEXT,)  # media types of a text
     body: type[Struct] | None = None
     events: str = ""  # of the streamed form of the answer; empty: it has none
     errors: tuple[int, ...] = ()
     answers: tuple[int, ...] = (200,)  # statuses with which `answer` comes
     path_parameters: tuple[str, ...] = ()
     admin: bool = False  # there only with --admin-routes
+    page: bool = False  # not there with --no-page
 
     @property
     def key(self) -> tuple[str, str]:
@@ -83,7 +88,17 @@ class Operation(Struct, frozen=True, kw_only=True):
 
 
 OPERATIONS = (
-    Operation(path="/", summary="What this is", answer=None),
+    Operation(path="/", summary="What this is; to a browser, the page", answer=None, texts=(TEXT, HTML)),
+    Operation(path="/page/config", summary="What bounds the page's requests", answer=PageConfig, page=True),
+    Operation(
+        path="/page/{file}",
+        summary="What the page loads",
+        answer=None,
+        texts=tuple(sorted({*MEDIA_TYPES.values()} - {HTML})),
+        errors=(404,),
+        path_parameters=("file",),
+        page=True,
+    ),
     Operation(
         method="post",
         path="/v1/chat/completions",
@@ -159,7 +174,8 @@ OPERATIONS = (
     Operation(path="/version", summary="Of the server", answer=Version),
     Operation(path="/load", summary="Requests being answered", answer=Load),
     Operation(path="/metrics", summary="For Prometheus", answer=None, errors=(503,)),
-    Operation(path="/openapi.json", summary="This document", answer=None),
+    Operation(path="/stats", summary="How the service does, in figures", answer=ServiceStats, errors=(503,)),
+    Operation(path="/openapi.json", summary="This document", answer=None, texts=()),
     Operation(
         method="post",
         path="/reset_prefix_cache",
@@ -181,7 +197,11 @@ OPERATIONS = (
 
 def openapi_document(server: ServerOptions) -> bytes:
     """The document of a server with these options: admin routes and keys are in it where the server has them."""
-    operations = [operation for operation in OPERATIONS if server.admin_routes or not operation.admin]
+    operations = [
+        operation
+        for operation in OPERATIONS
+        if (server.admin_routes or not operation.admin) and (server.page or not operation.page)
+    ]
     guarded = bool(server.api_keys)
     paths: dict[str, dict[str, Any]] = {}
     for operation in operations:
@@ -240,8 +260,7 @@ def _responses(operation: Operation, is_guarded: bool) -> dict[str, Any]:
         content[JSON] = {"schema": _ref(operation.answer)}
     elif operation.path == "/openapi.json":
         content[JSON] = {"schema": {"type": "object"}}
-    else:
-        content[TEXT] = {"schema": {"type": "string"}}
+    content |= {text: {"schema": {"type": "string"}} for text in operation.texts if operation.answer is None}
     if operation.events:
         content[EVENTS] = {"schema": {"description": operation.events}}  # readers differ in what they take an event for
     answers = {

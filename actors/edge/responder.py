@@ -162,7 +162,7 @@ class Responder:
             except RequestError as error:
                 if not stream.begun:
                     raise
-                request[BROKEN] = timeline.outcome = error.code or str(error.status)
+                timeline.outcome = request[BROKEN] = error.code or str(error.status)
                 self._metrics.add("request_errors_total", code=timeline.outcome)
                 await stream.write(prepared.format.failed(error))
             except ConnectionError:
@@ -173,7 +173,7 @@ class Responder:
                 logger.exception(
                     "%s failed while it was streamed", prepared.answer_id, extra={"request_id": request[LABEL]}
                 )
-                request[BROKEN] = timeline.outcome = "internal_error"
+                timeline.outcome = request[BROKEN] = "internal_error"
                 self._metrics.add("request_errors_total", code="internal_error")
                 internal = RequestError("internal error", status=500, code="internal_error")
                 await stream.write(prepared.format.failed(internal))

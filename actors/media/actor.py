@@ -7,14 +7,16 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any, TypeVar, assert_never
+from contextlib import aclosing, contextmanager
+from functools import partial
+from typing import Any, NamedTuple, TypeVar, assert_never
 
 import numpy as np
 
 from vlmrt.actors.media.clip import reader_words
 from vlmrt.actors.media.image import Pixels, decode_image, limit_pillow
 from vlmrt.actors.media.memory_limit import limit_memory
+from vlmrt.actors.media.one_ahead import one_ahead
 from vlmrt.actors.media.open_clips import OpenClips
 from vlmrt.actors.media.resize import resize_frame
 from vlmrt.runtime.actor import ActorContext
@@ -53,6 +55,16 @@ CHANNEL_RETRY_S = 0.02
 Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
+
+
+class _GroupRead(NamedTuple):
+    """The frames of a group as they are in the clip."""
+
+    mm_hash: MmHash
+    frames: list[Pixels]
+    reader: str
+    began_s: float  # of the monotonic clock
+    read_s: float
 
 
 class DecodeStuck(VlmrtError):
@@ -189,31 +201,41 @@ class MediaActor:
             return clip.info
 
     async def _answer_groups(self, message: DecodeFrames, scheduler: PeerUp) -> None:
-        """One group after the other; between them others have their turn.  After a failure the rest fail alike."""
+        """In order: while a group is resized and placed, the next is read, if it has its turn.
+
+        After a failure the rest fail alike.
+        """
         done = 0
+        jobs = [partial(self._read_in_turn, message, group) for group in message.groups]
         try:
             with self._queued(message.encoded):
-                for group in message.groups:
-                    async with self._turn:
-                        if self._scheduler is not scheduler:
-                            return
-                        begin_s = time.monotonic()
-                        pixels = await self._decode_group(message, group)
-                        await self._place(group.mm_hash, pixels, scheduler, begin_s, time.monotonic())
-                    done += 1
+                async with aclosing(one_ahead(jobs, drop=lambda _: self._turn.release())) as groups:
+                    async for read in groups:
+                        try:
+                            if self._scheduler is not scheduler:
+                                return
+                            pixels = await self._resize_group(read, message.target_size)
+                            await self._place(read.mm_hash, pixels, scheduler, read.began_s, time.monotonic())
+                        finally:
+                            self._turn.release()
+                        done += 1
         except RequestError as error:
             for group in message.groups[done:]:
                 await self._send(DecodeFailed(group.mm_hash, error.to_wire()), scheduler)
 
-    async def _decode_group(self, message: DecodeFrames, group: FrameGroup) -> Pixels:
-        started_s = time.monotonic()
-        pixels, reader_name = await self._in_thread("a video", self._read_group, message, group.frame_indices)
-        self._context.metrics.observe("decode_frames_seconds", time.monotonic() - started_s)
-        self._context.metrics.add("frames_decoded_total", len(group.frame_indices), reader=reader_name)
-        return pixels
+    async def _read_in_turn(self, message: DecodeFrames, group: FrameGroup) -> _GroupRead:
+        """Has a turn when it is done, which whoever gets the frames gives back."""
+        await self._turn.acquire()
+        try:
+            began_s = time.monotonic()
+            frames, reader = await self._in_thread("a video", self._read_group, message, group.frame_indices)
+            return _GroupRead(group.mm_hash, frames, reader, began_s, time.monotonic() - began_s)
+        except BaseException:
+            self._turn.release()
+            raise
 
-    def _read_group(self, message: DecodeFrames, indices: Sequence[int]) -> tuple[Pixels, str]:
-        """Frames as they are resized, [frames, height, width, 3], and which library has read them."""
+    def _read_group(self, message: DecodeFrames, indices: Sequence[int]) -> tuple[list[Pixels], str]:
+        """Frames as they are in the clip, and which library has read them."""
         with self._clips.use(message.encoded) as clip:
             found = clip.info.width, clip.info.height
             if found != message.size:
@@ -221,13 +243,17 @@ class MediaActor:
                 raise RequestError(
                     f"the video's frames are {found[0]}x{found[1]}, not {promised}", code="video_mismatch"
                 )
-            try:
-                frames = [resize_frame(frame, message.target_size) for frame in clip.read(indices)]
-            except MemoryError:
-                raise RequestError(
-                    "not enough memory to decode the video", status=503, code="media_out_of_memory", retry_after_s=1
-                ) from None
-            return np.stack(frames), clip.reader_name
+            with _enough_memory():
+                return clip.read(indices), clip.reader_name
+
+    async def _resize_group(self, read: _GroupRead, target_size: tuple[int, int]) -> Pixels:
+        """Shapes: -> uint8 [frames, height, width, 3]."""
+        started_s = time.monotonic()
+        pixels = await self._in_thread("a video", _resized, read.frames, target_size)
+        metrics = self._context.metrics
+        metrics.observe("decode_frames_seconds", read.read_s + time.monotonic() - started_s)
+        metrics.add("frames_decoded_total", len(pixels), reader=read.reader)
+        return pixels
 
     # ------------------------------------------------------------ both
 
@@ -302,6 +328,22 @@ class MediaActor:
 
     def _show_use(self) -> None:
         self._context.metrics.set("pixel_arena_bytes", self._arena.used_bytes)
+
+
+def _resized(frames: Sequence[Pixels], target_size: tuple[int, int]) -> Pixels:
+    with _enough_memory():
+        return np.stack([resize_frame(frame, target_size) for frame in frames])
+
+
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    """Raises: RequestError 503 in place of a MemoryError."""
+    try:
+        yield
+    except MemoryError:
+        raise RequestError(
+            "not enough memory to decode the video", status=503, code="media_out_of_memory", retry_after_s=1
+        ) from None
 
 
 def _busy(message: str) -> RequestError:

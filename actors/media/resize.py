@@ -17,6 +17,7 @@ Pixels = NDArray[np.uint8]
 Floats = NDArray[np.floating[Any]]  # float32 or float64: exact, whichever they are
 
 BLOCK = 16  # output lines whose neighbours are weighed by one dense product
+ROWS = 64  # input lines whose sums are taken before they are cut: 1 MB of floats at 1280 pixels
 MAX_WEIGHT_BITS = 22
 EXACT_IN_FLOAT32 = 1 << 24  # multiples of a unit up to so many
 MIDDLE = 128  # pixels are counted from here, so that twice as large weights stay exact
@@ -43,7 +44,8 @@ def resize_frame(frame: Pixels, target_size: tuple[int, int]) -> Pixels:
     """A frame of another size.
 
     Shapes: uint8 [height, width, 3] -> uint8 [target height, target width, 3]; target_size is (width, height).
-    Cost: two products with banded matrices, in single precision down to a quarter of the size.
+    Cost: two products with banded matrices, in single precision down to a quarter of the size; worked off in pieces
+    that stay in a core's cache, since new memory for whole frames of floats took longer than the products.
     Source: torch.nn.functional.interpolate(mode="bicubic", antialias=True) of uint8, which torchvision's resize calls.
     """
     height, width = frame.shape[:2]
@@ -59,27 +61,34 @@ def resize_frame(frame: Pixels, target_size: tuple[int, int]) -> Pixels:
 def _across(planes: Pixels, axis: _Axis) -> Pixels:
     """[3, height, width] -> [3, height, target width]."""
     channels, height, width = planes.shape
-    lines = np.subtract(planes, MIDDLE, dtype=axis.added.dtype, order="C").reshape(channels * height, width)
-    sums = np.empty((channels * height, len(axis.added)), axis.added.dtype)
-    for first, last, begin, end, weights in axis.bands:
-        np.matmul(lines[:, begin:end], weights.T, out=sums[:, first:last])
-    sums += axis.added
-    return np.clip(sums, 0, 255, out=sums).astype(np.uint8).reshape(channels, height, -1)
+    target_width = len(axis.added)
+    result = np.empty((channels, height, target_width), np.uint8)
+    for top in range(0, height, ROWS):
+        part = planes[:, top : top + ROWS]
+        lines = np.subtract(part, MIDDLE, dtype=axis.added.dtype, order="C").reshape(-1, width)
+        sums = np.empty((len(lines), target_width), axis.added.dtype)
+        for first, last, begin, end, weights in axis.bands:
+            np.matmul(lines[:, begin:end], weights.T, out=sums[:, first:last])
+        sums += axis.added
+        _cut(sums.reshape(channels, -1, target_width), result[:, top : top + ROWS])
+    return result
 
 
 def _down(planes: Pixels, axis: _Axis) -> Pixels:
     """[3, height, width] -> [target height, width, 3]."""
     channels, _, width = planes.shape
     result = np.empty((len(axis.added), width, channels), np.uint8)
-    sums = np.empty((len(axis.added), width), axis.added.dtype)
-    for channel in range(channels):
-        lines = np.subtract(planes[channel], MIDDLE, dtype=axis.added.dtype, order="C")
-        for first, last, begin, end, weights in axis.bands:
-            np.matmul(weights, lines[begin:end], out=sums[first:last])
-        sums += axis.added[:, None]
-        np.clip(sums, 0, 255, out=sums)
-        np.copyto(result[..., channel], sums, casting="unsafe")
+    for first, last, begin, end, weights in axis.bands:
+        sums = np.matmul(weights, np.subtract(planes[:, begin:end], MIDDLE, dtype=axis.added.dtype))
+        sums += axis.added[first:last, None]
+        _cut(sums, result[first:last].transpose(2, 0, 1))
     return result
+
+
+def _cut(sums: Floats, result: Pixels) -> None:
+    """To bytes; changes the sums."""
+    np.clip(sums, 0, 255, out=sums)
+    np.copyto(result, sums, casting="unsafe")
 
 
 @lru_cache(maxsize=16)

@@ -61,6 +61,7 @@ from vlmrt.runtime.messages import (
     VitReady,
 )
 from vlmrt.runtime.questions import Cancelled, EmptyCaches
+from vlmrt.runtime.timeline import Span
 from vlmrt.runtime.topology import INBOXES
 
 EDGE, SCHEDULER = ActorName("edge:0"), ActorName("scheduler:0")
@@ -73,6 +74,7 @@ SUBMIT = Submit(
     Sampling(0.5, seed=-(2**63), logit_bias=(LogitBias(3, float("-inf"), 2),), num_logprobs=2, grammar="start: /a/"),
     StopRule(16, stop_token_ids=(7,)),
 )
+ENCODE_SPAN = Span("encode", "vit:0", 1.5, 2.25, "abcd")
 LOGPROBS = TokenLogprobs(-0.5, ((3, -0.25), (9, float("-inf"))))
 EXAMPLES: list[tuple[Any, Message]] = [
     (SchedulerInbox, SUBMIT),
@@ -82,7 +84,10 @@ EXAMPLES: list[tuple[Any, Message]] = [
     ),
     (SchedulerInbox, StepResult(7, (5, 9), 1.5, (FailedRow(2, "grammar"),), (None, LOGPROBS))),
     (SchedulerInbox, DecodeFailed(MmHash("a"), WireError(400, "no image", "bad_image", "messages.0"))),
-    (EdgeInbox, TokenBatch((TokenOutput(RequestId("r1"), (5,), Usage(3, 0, 1), "stop", None, (LOGPROBS,)),))),
+    (
+        EdgeInbox,
+        TokenBatch((TokenOutput(RequestId("r1"), (5,), Usage(3, 0, 1), "stop", None, (LOGPROBS,), (ENCODE_SPAN,)),)),
+    ),
     (INBOXES["media"], Decode(MmHash("a"), b"\x00\xff" * 100, (4, 4), (28, 28), Epoch(1))),
     (
         INBOXES["media"],

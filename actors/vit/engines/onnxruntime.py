@@ -107,4 +107,5 @@ def cuda_options(device: torch.device, stream: torch.cuda.Stream, memory_gib: fl
         "user_compute_stream": str(stream.cuda_stream),
         "gpu_mem_limit": str(int(memory_gib * GIB)),
         "arena_extend_strategy": "kSameAsRequested",
+        "use_tf32": "0",  # float32 is float32, as in torch
     }

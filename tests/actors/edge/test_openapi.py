@@ -39,11 +39,12 @@ def test_the_document_is_valid(admin_routes: bool, api_keys: tuple[ApiKey, ...])
     assert "security" not in spec["paths"]["/health"]["get"]
 
 
+@pytest.mark.parametrize("page", [False, True])
 @pytest.mark.parametrize("admin_routes", [False, True])
 async def test_every_route_is_in_the_document_and_the_reverse(
-    admin_routes: bool, checkpoint: Path, tmp_path: Path
+    admin_routes: bool, page: bool, checkpoint: Path, tmp_path: Path
 ) -> None:
-    config = edge_config(checkpoint, server=ServerOptions(admin_routes=admin_routes))
+    config = edge_config(checkpoint, server=ServerOptions(admin_routes=admin_routes, page=page))
     async with running_edge(config, tmp_path) as edge, http() as session:
         async with session.get(edge.url + "/openapi.json") as response:
             assert response.content_type == "application/json"
@@ -113,7 +114,7 @@ async def test_small_answers_are_what_the_document_says(edge: RunningEdge) -> No
     async with http() as session:
         for operation in OPERATIONS:
             if operation.method == "get":
-                path = operation.path.replace("{id}", "model")
+                path = operation.path.replace("{id}", "model").replace("{file}", "style.css")
                 async with session.get(edge.url + path) as response:
                     described = spec["paths"][operation.path]["get"]["responses"][str(response.status)]
                     assert response.content_type in described["content"]

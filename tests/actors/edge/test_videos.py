@@ -6,7 +6,7 @@ import asyncio
 import base64
 import io
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from vlmrt.runtime.messages import (
     Decode,
     DecodeFrames,
     Epoch,
+    MediaItem,
     MediaReady,
     MediaUnsent,
     NeedMedia,
@@ -246,21 +247,41 @@ async def test_groups_asked_for_together_go_to_the_worker_as_one(edge: RunningEd
 async def test_a_large_clip_is_not_sent_again_for_every_single_group(
     edge: RunningEdge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scheduler_link, "REPEAT_BYTES_PER_S", len(CLIP) / 0.1)
+    waiting: list[tuple[float, Callable[[], None]]] = []
+    loop = asyncio.get_running_loop()
+    call_later = loop.call_later
+
+    def noted(delay_s: float, callback: Any, *arguments: Any) -> asyncio.TimerHandle | None:
+        if callback.__name__ != "_hand_out_groups":
+            return call_later(delay_s, callback, *arguments)
+        waiting.append((delay_s, lambda: callback(*arguments)))
+        return None
+
     async with asked(edge, about(video(fps=2))):
         await probed(edge)
         submit = await edge.submitted()
-        for item in submit.media[:2]:
-            await edge.actor.handle(NeedMedia(submit.request_id, item.mm_hash, MEDIA, Epoch(1)), SCHEDULER)
-            await asyncio.sleep(0.02)
-        for item in submit.media[2:]:
-            await edge.actor.handle(NeedMedia(submit.request_id, item.mm_hash, MEDIA, Epoch(1)), SCHEDULER)
-            await asyncio.sleep(0.02)
-        sent = [(await edge.context.outbox.next()).message for _ in range(2)]
-        assert [len(message.groups) for message in sent if isinstance(message, DecodeFrames)] == [1, 3]
-        other = NeedMedia(submit.request_id, submit.media[0].mm_hash, ActorName("media:1"), Epoch(1))
-        await edge.actor.handle(other, SCHEDULER)
-        assert (await edge.context.outbox.next(0.09)).peer == "media:1"
+        monkeypatch.setattr(loop, "call_later", noted)
+
+        async def wanted(media: ActorName, item: MediaItem) -> None:
+            await edge.actor.handle(NeedMedia(submit.request_id, item.mm_hash, media, Epoch(1)), SCHEDULER)
+
+        async def sent() -> int:
+            """How many groups go out where the time has come."""
+            waiting[-1][1]()
+            message = (await edge.context.outbox.next()).message
+            assert isinstance(message, DecodeFrames)
+            return len(message.groups)
+
+        await wanted(MEDIA, submit.media[0])
+        assert await sent() == 1
+        for item in submit.media[1:]:
+            await wanted(MEDIA, item)
+        assert await sent() == 3
+        await wanted(ActorName("media:1"), submit.media[0])
+        assert await sent() == 1
+        again_s = scheduler_link.GATHER_S + len(CLIP) / scheduler_link.REPEAT_BYTES_PER_S
+        assert [delay_s for delay_s, _ in waiting] == [scheduler_link.GATHER_S, again_s, scheduler_link.GATHER_S]
+        monkeypatch.undo()
     await edge.aborted()
 
 
