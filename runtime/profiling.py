@@ -55,12 +55,16 @@ class StackSampler:
 
     def _run(self) -> None:
         while not self._ended.wait(self._period_s):
-            names = {thread.ident: thread.name for thread in threading.enumerate()}
-            for ident, frame in sys._current_frames().items():
-                if ident != self._thread.ident:
-                    stack = folded(frame, names.get(ident, "?"))
-                    if stack in self._counts or len(self._counts) < MAX_STACKS:
-                        self._counts[stack] += 1
+            self.look()
+
+    def look(self) -> None:
+        """Count what each thread is doing now."""
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        for ident, frame in sys._current_frames().items():
+            if ident != self._thread.ident:
+                stack = folded(frame, names.get(ident, "?"))
+                if stack in self._counts or len(self._counts) < MAX_STACKS:
+                    self._counts[stack] += 1
 
 
 def folded(frame: FrameType | None, thread: str) -> str:

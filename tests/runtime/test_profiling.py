@@ -80,21 +80,36 @@ def test_the_sampler_sees_what_each_thread_does(tmp_path: Path) -> None:
 
     def a_function_with_a_name() -> None:
         seen.set()
-        assert go_on.wait(20)
+        go_on.wait(60)
 
     thread = threading.Thread(target=a_function_with_a_name, name="worker;1")
-    sampler = StackSampler(period_s=0.001)
+    sampler = StackSampler(period_s=3600.0)
     thread.start()
-    assert seen.wait(20)
+    assert seen.wait(60)
     sampler.start()
-    while not any("a_function_with_a_name" in stack for stack in sampler._counts):
-        assert sampler._thread.is_alive()
+    for _ in range(3):
+        sampler.look()
     sampler.stop(path)
     go_on.set()
-    thread.join(20)
+    thread.join(60)
     lines = path.read_text().splitlines()
-    ours = [line for line in lines if line.startswith("worker,1;")]
-    assert ours
-    assert all("a_function_with_a_name;threading:Event.wait" in line for line in ours)
-    assert all(int(line.rpartition(" ")[2]) >= 1 for line in lines)
+    ours = [line for line in lines if line.startswith("worker,1;") and "a_function_with_a_name" in line]
+    assert sum(int(line.rpartition(" ")[2]) for line in ours) == 3
+    assert any(line.startswith("MainThread;") and "StackSampler.look" in line for line in lines)
     assert not any("StackSampler._run" in line for line in lines)
+
+
+def test_the_sampler_looks_by_itself_until_it_is_stopped(tmp_path: Path) -> None:
+    looked = threading.Event()
+
+    class Sampler(StackSampler):
+        def look(self) -> None:
+            super().look()
+            looked.set()
+
+    sampler = Sampler(period_s=0.001)
+    sampler.start()
+    assert looked.wait(60)
+    sampler.stop(tmp_path / "a.folded")
+    assert not sampler._thread.is_alive()
+    assert "MainThread;" in (tmp_path / "a.folded").read_text()

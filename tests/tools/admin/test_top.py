@@ -60,7 +60,7 @@ async def top(world: AdminWorld, size: tuple[int, int] = NARROW) -> AsyncIterato
         return world.address
 
     world.desk._requests._period_s = 0.0  # actors are asked at every look
-    app = TopApp(Feed(find, look_timeout_s=0.5), period_s=3600.0)
+    app = TopApp(Feed(find, look_timeout_s=2.0), period_s=3600.0)
     async with app.run_test(size=size) as pilot:
         await until(pilot, lambda: app.last_look.stats is not None or bool(app.last_look.problem))
         yield app, pilot
