@@ -1,5 +1,6 @@
 # make run    install into .venv and launch the server with the demo model
-# make test   install with the test extras and run the whole suite
+# make test   install with the test extras and run the whole suite, on two cores
+# make coverage  the same, with the lines that ran in the tests' own process: their Python takes twice as long
 # make check  ruff, mypy --strict
 # make test-clients  every client of tests/clients/environments in an environment of its own
 # make judges        tools that are not ours, each in an environment of its own, against a running server
@@ -8,8 +9,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+# a worker takes whole files, whose servers and models are made once; ARGS="-n 0 --pdb tests/x.py" runs without workers
+PYTEST := $(BIN)/python -m pytest -m "not soak and not gpu and not clients" -n 2 --dist loadscope --no-loadscope-reorder
 
-.PHONY: install run test browser test-clients judges check soak clean
+.PHONY: install run test coverage browser test-clients judges check soak clean
 
 install: $(VENV)/.installed
 
@@ -17,7 +20,10 @@ run: install
 	$(BIN)/vlmrt launch $(ARGS)
 
 test: $(VENV)/.installed-test browser
-	$(BIN)/python -m pytest -m "not soak and not gpu and not clients" --cov --cov-report=term $(ARGS)
+	$(PYTEST) $(ARGS)
+
+coverage: $(VENV)/.installed-test browser
+	$(PYTEST) --cov --cov-report=term $(ARGS)
 
 # The page is tested in a browser where there is one; nothing else needs it
 browser:

@@ -95,7 +95,7 @@ class AdminSocket:
             self._metrics.add("bad_frames_total")
             return
         if isinstance(request, GetStats):
-            self._send(frames[0], ask_id, self._desk.stats())
+            self._send(frames[0], ask_id, self._stats_now())
         elif len(self._tasks) >= MAX_ANSWERING:
             self._send(frames[0], ask_id, Refused(f"{MAX_ANSWERING} requests are being answered; try again"))
         else:
@@ -103,12 +103,17 @@ class AdminSocket:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
+    def _stats_now(self) -> AdminReply:
+        try:
+            return self._desk.stats()
+        except Exception as error:
+            return _internal_error(GetStats(), error)
+
     async def _answer(self, client: bytes, ask_id: int, request: AdminRequest) -> None:
         try:
             reply = await self._desk.reply(request)
         except Exception as error:
-            logger.exception("%s could not be answered", type(request).__name__)
-            reply = Refused(f"internal error: {error!r}")
+            reply = _internal_error(request, error)
         self._send(client, ask_id, reply)
 
     def _send(self, client: bytes, ask_id: int, reply: AdminReply) -> None:
@@ -132,6 +137,11 @@ class AdminSocket:
             task.cancel()
         self._pump.close()
         self._socket.close()
+
+
+def _internal_error(request: AdminRequest, error: Exception) -> Refused:
+    logger.error("%s could not be answered", type(request).__name__, exc_info=error)
+    return Refused(f"internal error: {error!r}")
 
 
 class AdminServer:

@@ -65,6 +65,7 @@ _LATENCIES = {
     "request_time_per_output_token_seconds": _seconds("edge", "Between two tokens of one choice, on average over it."),
     "e2e_request_latency_seconds": _seconds("edge", "From a request's arrival to its end."),
     "prompt_seconds": _seconds("edge", "Chat template and tokenizer, for the prompt of a request."),
+    "grammar_seconds": _seconds("edge", "Compiling the grammar that an answer has to follow."),
     "request_queue_time_seconds": _seconds(
         "edge", "From the scheduler's hearing of a request to the first step that works for it."
     ),

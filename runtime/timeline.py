@@ -15,6 +15,7 @@ SpanName = Literal[
     "receive",  # edge: the request's body
     "fetch",  # edge: the bytes of one picture or clip
     "identify",  # edge: its hash, and its size from the header; of a clip, a media worker's look into it
+    "grammar",  # edge: compiling what the answer has to follow
     "prompt",  # edge: template and tokenizer
     "look_up",  # edge: pictures that are named without their bytes, asked of the scheduler
     "queue",  # scheduler: from the submit to the first step that works for the request

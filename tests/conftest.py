@@ -22,6 +22,14 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_runtest_setup() -> None:
+    """Matrices as small as those of tests are slower on many threads, ten times so on busy cores.
+
+    Servers and ranks of their own processes have the threads that their options give them.
+    """
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def demo_server() -> Iterator[Server]:
     from tests.system.server import launch  # needs clients that a machine for tests of kernels may lack

@@ -109,7 +109,7 @@ class FakeContext:
         self.config = config or make_config()
         self.run_dir = run_dir
         self.outbox = FakeOutbox()
-        self.metrics = Metrics()
+        self.metrics = Metrics(name.partition(":")[0])
         self.listen_socket = listen_socket
         self.memory = memory or FakeMemory()
         self._owns_memory = memory is None

@@ -32,9 +32,14 @@ LIGHT = (
     "vlmrt.runtime.supervisor",
     "vlmrt.runtime.process",
     "vlmrt.runtime.sweeper",
+    "vlmrt.tools.admin.command",
+    "vlmrt.tools.admin.top.app",
     "vlmrt.tools.cli",
     "vlmrt.tools.launch",
     "vlmrt.tools.export",
+    "vlmrt.tools.chat.chat",
+    "vlmrt.tools.doctor.host",
+    "vlmrt.tools.doctor.probes",
 )
 OTHER_ENGINES = ("onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx")
 HEAVY = ("torch", "transformers", "numba", "triton", *OTHER_ENGINES)

@@ -7,7 +7,7 @@ import difflib
 import importlib
 import shutil
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn, Protocol, cast
 
 MAX_WIDTH = 100  # of help on a wide terminal
@@ -99,11 +99,16 @@ def terminal_width() -> int:
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that explains itself in two lines, and may be given a module that fills it when it is used."""
 
-    def __init__(self, *arguments: Any, module: str | None = None, **options: Any) -> None:
+    def __init__(
+        self, *arguments: Any, module: str | None = None, synonyms: Mapping[str, str] | None = None, **options: Any
+    ) -> None:
+        """Args: module: has this parser's arguments; synonyms: what others call its commands."""
         options.setdefault("formatter_class", HelpFormatter)
         options.setdefault("allow_abbrev", False)  # what is short for one option today is ambiguous tomorrow
         super().__init__(*arguments, **options)
+        self._positionals.title = "arguments"
         self._module = module
+        self._synonyms = synonyms or {}
 
     def load(self) -> None:
         """Import the command's module and let it add its options, once."""
@@ -121,7 +126,8 @@ class Parser(argparse.ArgumentParser):
             self._check_flags(args)
         found, rest = super().parse_known_args(args, namespace)
         if rest:
-            self.error(f"unexpected arguments: {' '.join(rest)}")
+            meant = f"; did you mean --model {rest[0]}?" if "--model" in self._option_string_actions else ""
+            self.error(f"unexpected arguments: {' '.join(rest)}{meant if len(rest) == 1 else ''}")
         if self._subparsers is None:
             found.command_line = tuple(args or ())  # what a command sees of where its values come from
         return found, rest
@@ -143,7 +149,9 @@ class Parser(argparse.ArgumentParser):
             return
         choices = [str(choice) for choice in action.choices]
         if isinstance(action, argparse._SubParsersAction):
-            self.error(f"no such command: {value}{did_you_mean(value, choices) or '; there are ' + ', '.join(choices)}")
+            synonym = f"; did you mean {self._synonyms[value]}?" if value in self._synonyms else ""
+            hint = synonym or did_you_mean(value, choices) or f"; there are {', '.join(choices)}"
+            self.error(f"no such command: {value}{hint}")
         hint = did_you_mean(str(value), choices)
         raise argparse.ArgumentError(action, f"invalid choice: {value!r} (choose from {', '.join(choices)}){hint}")
 

@@ -32,6 +32,15 @@ COMMANDS = (
     Command("doctor", "look whether this machine has what a launch needs", "vlmrt.tools.doctor.command"),
     Command("completion", "print a script by which a shell completes commands and options", "vlmrt.tools.completion"),
 )
+# what other servers call them
+SYNONYMS = {
+    "serve": "launch",
+    "server": "launch",
+    "start": "launch",
+    "run": "chat",
+    "batch": "generate",
+    "check": "doctor",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,6 +72,7 @@ def build_parser() -> Parser:
         prog="vlmrt",
         usage="%(prog)s COMMAND [options]",
         description="An inference server for vision-language models (Qwen2-VL, Qwen2.5-VL).",
+        synonyms=SYNONYMS,
         epilog="'vlmrt COMMAND --help' lists the options of a command.",
     )
     parser.add_argument("--version", action="version", version=f"vlmrt {__version__}")

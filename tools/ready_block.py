@@ -14,6 +14,7 @@ from vlmrt.actors.vit.engines.engine_files import MAX_FRAME_PATCHES
 from vlmrt.runtime.config import Config
 from vlmrt.runtime.messages import LlmReady
 from vlmrt.tools import demo
+from vlmrt.tools.chat.command import URL as CHAT_URL
 
 PICTURE = Path(__file__).parent / "red-circle.png"
 QUESTION = "What color is the circle?"
@@ -46,7 +47,8 @@ def ready_entries(config: Config, model: ModelConfig, url: str, started: Started
         ("media", f"data URLs; http(s) {fetching}; files {server.allowed_media_root or 'off'}"),
         ("API key", _keys(config)),
         *_changed(config),
-        ("metrics", f"{url}/metrics"),
+        ("chat", _chat(config, url)),
+        ("figures", f"vlmrt admin top, vlmrt admin stats; {url}/metrics for Prometheus"),
         *_warnings(config, model, started.llm),
     ]
 
@@ -123,6 +125,11 @@ def _keys(config: Config) -> str:
     tenants = {key.tenant for key in keys if key.tenant}
     counts = [_count(len(keys), "key"), *([_count(len(tenants), "tenant")] if tenants else [])]
     return f"on ({', '.join(counts)})"
+
+
+def _chat(config: Config, url: str) -> str:
+    command = "vlmrt chat" if url == CHAT_URL else f"vlmrt chat --url {url}"
+    return f"{url}/ in a browser; {command}" if config.server.page else command
 
 
 def _changed(config: Config) -> list[Entry]:

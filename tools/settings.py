@@ -50,10 +50,12 @@ def read_settings(parser: Parser, words: Sequence[str], environment: Mapping[str
     path = settings_path(given.get(FILE_FLAG), environment)
     if path is not None:
         for entry in read_settings_file(path):
-            action = _action_of(entry, path, actions)
+            name = _name_of(entry, path, actions)
+            if origins[name] != "default":
+                raise SettingsError(f"{_place(path, entry)}: {name} is there twice")
             if entry.value is not None:
-                setattr(arguments, action.dest, _file_value(parser, action, entry, path))
-                origins[entry.key.replace("_", "-")] = f"file {path}"
+                setattr(arguments, actions[name].dest, _file_value(parser, actions[name], entry, path))
+                origins[name] = f"file {path}"
     for name, variable, text in _variables(actions, environment):
         setattr(arguments, actions[name].dest, _variable_value(parser, actions[name], variable, text))
         origins[name] = f"environment {variable}"
@@ -64,7 +66,7 @@ def read_settings(parser: Parser, words: Sequence[str], environment: Mapping[str
     if environment.get(KEYS_VARIABLE) and "api-key" in origins:
         keys = f"environment {KEYS_VARIABLE}"
         origins["api-key"] = keys if origins["api-key"] == "default" else f"{origins['api-key']}, {keys}"
-    return Settings(arguments, origins, path, list(_strays(actions, environment)))
+    return Settings(arguments, origins, path, [*_open_keys(path, origins), *_strays(actions, environment)])
 
 
 def settings_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
@@ -137,11 +139,11 @@ def flags_given(parser: Parser, words: Sequence[str]) -> dict[str, Any]:
 # ---------------------------------------------------------------- the file
 
 
-def _action_of(entry: Entry, path: Path, actions: Mapping[str, argparse.Action]) -> argparse.Action:
+def _name_of(entry: Entry, path: Path, actions: Mapping[str, argparse.Action]) -> str:
     """Raises: SettingsError for a key that is no option."""
     name = entry.key.replace("_", "-")
     if name in actions:
-        return actions[name]
+        return name
     hint = did_you_mean(name, actions)
     if isinstance(entry.value, dict) and not hint:
         hint = "; keys are those of the flags, in no sections"
@@ -159,6 +161,12 @@ def _file_value(parser: Parser, action: argparse.Action, entry: Entry, path: Pat
         return _checked(parser, action, _text(action, entry.value, place), place)
     values = entry.value if isinstance(entry.value, list) else [entry.value]
     return [_checked(parser, action, _text(action, value, place), place) for value in values]
+
+
+def _open_keys(path: Path | None, origins: Mapping[str, str]) -> Iterator[str]:
+    """A warning where the file has API keys and others may read it."""
+    if path is not None and origins.get("api-key", "").startswith("file") and path.stat().st_mode & 0o044:
+        yield f"{path} has API keys, and other users may read it: chmod 600 {path}"
 
 
 def _place(path: Path, entry: Entry) -> str:

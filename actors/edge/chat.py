@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 
 import msgspec
 from aiohttp import web
@@ -73,7 +74,10 @@ class ChatEndpoint:
         max_model_len = self._model.max_model_len
         use = chat.tool_use()
         conversation = chat.conversation(use.shown)
+        begin_s = time.monotonic()
         form = await self._forms.form(chat, use)
+        if form.grammar:
+            timeline.add_since(begin_s, "grammar")
 
         def rule(num_tokens: int) -> ChoiceRule:
             room = max_model_len - num_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from concurrent.futures import Executor
 
 import msgspec
@@ -56,7 +57,10 @@ class CompletionEndpoint:
         del body
         prompts = fields.prompts()
         self._responder.check_room(len(prompts) * (fields.n or 1))
+        begin_s = time.monotonic()
         grammar = (await self._forms.form(fields)).grammar
+        if grammar:
+            request[TIMELINE].add_since(begin_s, "grammar")
         with request[TIMELINE].span("prompt"):
             generations = tuple([await self._generation(fields, prompt, grammar) for prompt in prompts])
         token_ids = [generation.prompt.token_ids for generation in generations]

@@ -20,6 +20,7 @@ ABORTED = "aborted"  # the outcome of a request whose client has gone
 HISTOGRAMS: dict[SpanName, str] = {  # that a span is counted in, where no actor counts it already
     "fetch": "media_fetch_seconds",
     "identify": "media_hash_seconds",
+    "grammar": "grammar_seconds",
     "prompt": "prompt_seconds",
     "queue": "request_queue_time_seconds",
     "media_wait": "media_wait_seconds",
@@ -63,7 +64,11 @@ class OpenTimeline:
         try:
             yield
         finally:
-            self.add(Span(name, self._actor, begin_s, time.monotonic(), what))
+            self.add_since(begin_s, name, what)
+
+    def add_since(self, begin_s: float, name: SpanName, what: str = "") -> None:
+        """What the edge has done from begin_s until now."""
+        self.add(Span(name, self._actor, begin_s, time.monotonic(), what))
 
     def add(self, span: Span) -> None:
         histogram = HISTOGRAMS.get(span.name)

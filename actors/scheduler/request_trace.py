@@ -20,12 +20,13 @@ _HASH_CHARS = 8  # of an mm_hash, to tell pictures apart
 class RequestTrace:
     """Times of the monotonic clock, as events bring them.  Nothing is done for a token but the first."""
 
-    __slots__ = ("_media_ready_s", "_planned_s", "_spans", "_submitted_s", "_unread")
+    __slots__ = ("_has_tokens", "_media_ready_s", "_planned_s", "_spans", "_submitted_s", "_unread")
 
     def __init__(self, submitted_s: float) -> None:
         self._submitted_s = submitted_s
         self._planned_s: float | None = None  # the first step that works for it
         self._media_ready_s: float | None = None
+        self._has_tokens = False
         self._spans: dict[tuple[SpanName, str, str], Span] = {}  # since the last take; by name, actor and picture
         self._unread: dict[MmHash, tuple[float, str]] = {}  # rows that no step has read yet, since when
 
@@ -59,6 +60,10 @@ class RequestTrace:
             self._add("queue", SCHEDULER, self._submitted_s, now_s)
 
     def on_first_token(self, now_s: float) -> None:
+        """Does nothing after the first call."""
+        if self._has_tokens:
+            return
+        self._has_tokens = True
         if self._planned_s is not None:
             self._add("prefill", LLM, self._planned_s, now_s)
         if self._media_ready_s is not None:

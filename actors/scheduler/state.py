@@ -454,16 +454,18 @@ class State:
         self.counters.output_tokens += 1
         num_output_tokens = len(request.token_ids) - request.num_prompt_tokens
         found = () if logprobs is None else (logprobs,)
-        if num_output_tokens == 1:
-            request.trace.on_first_token(self._now_s)
         if token_id in request.stop.stop_token_ids and num_output_tokens >= request.stop.min_tokens:
             self._finish(request, "stop", (token_id,), found)
         elif num_output_tokens >= request.max_tokens:
             self._finish(request, "length", (token_id,), found)
         else:
             usage = Usage(request.num_prompt_tokens, request.num_cached_tokens or 0, num_output_tokens)
-            spans = request.trace.take() if num_output_tokens == 1 else ()
-            output = TokenOutput(request.request_id, (token_id,), usage, logprobs=found, spans=spans)
+            if num_output_tokens > 1:
+                output = TokenOutput(request.request_id, (token_id,), usage, logprobs=found)
+            else:
+                request.trace.on_first_token(self._now_s)
+                spans = request.trace.take()
+                output = TokenOutput(request.request_id, (token_id,), usage, logprobs=found, spans=spans)
             self._put_output(request.edge, output)
 
     def _on_tokens(self, request: Request, num_tokens: int) -> None:
@@ -512,6 +514,7 @@ class State:
             self.counters.requests_stopped += 1
         else:
             self.counters.requests_cut += 1
+        request.trace.on_first_token(self._now_s)  # where it is the last as well
         spans = request.trace.take()
         output = TokenOutput(request.request_id, token_ids, request.usage, reason, logprobs=logprobs, spans=spans)
         self._put_output(request.edge, output)

@@ -151,6 +151,15 @@ def test_promtool_accepts_the_rules() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_promtool_reads_every_query_of_the_dashboard(tmp_path: Path) -> None:
+    expressions = {text.replace("$__rate_interval", "1m").replace("$instance", ".*") for text, _ in dashboard_queries()}
+    records = [{"record": f"panel:{number}", "expr": text} for number, text in enumerate(sorted(expressions))]
+    file = tmp_path / "panels.yaml"
+    file.write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": records}]}))
+    done = promtool("check", "rules", "--lint=none", str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_alerts_go_off_when_they_should_and_not_before() -> None:
     done = promtool("test", "rules", str(RULE_TESTS))
     assert done.returncode == 0, done.stdout + done.stderr

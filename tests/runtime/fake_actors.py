@@ -29,7 +29,7 @@ from vlmrt.runtime.messages import (
     Usage,
     VitReady,
 )
-from vlmrt.runtime.questions import Finding, Question
+from vlmrt.runtime.questions import AnswersOpen, Finding, ListRequests, Question, SetLogLevel
 
 
 def events_path(context: ActorContext) -> Path:
@@ -45,6 +45,7 @@ class Recorder:
         self.context = context
         self._path = events_path(context)
         self.note(f"born {os.getpid()}")
+        self.note(f"log level {context.config.log_level}")
 
     def note(self, text: str) -> None:
         with self._path.open("a") as file:
@@ -72,6 +73,8 @@ class Recorder:
 
     async def status(self, status: ServiceStatus) -> None:
         self.note(f"status ready={status.ready} stale={total(status, 'stale_messages_total'):g}")
+        if status.draining:
+            self.note("draining")
 
     async def handle(self, message: Message, sender: ActorName) -> None:
         self.note(f"message {type(message).__name__} from {sender}")
@@ -266,3 +269,29 @@ class Faulter(EnvironmentNoter):
             await asyncio.sleep(0.005)
         file.unlink()
         raise AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
+class EmptyEdge(Recorder):
+    """An edge that has no request open."""
+
+    async def answer(self, question: Question) -> Finding | None:
+        await super().answer(question)
+        return AnswersOpen((), 0) if isinstance(question, ListRequests) else None
+
+
+class Forgetful(Recorder):
+    """Raises at every question but one about its log."""
+
+    async def answer(self, question: Question) -> Finding | None:
+        if isinstance(question, SetLogLevel):
+            return None
+        raise RuntimeError("planted")
+
+
+class DiesWhenAsked(Recorder):
+    """Ends in place of an answer, in its first life."""
+
+    async def answer(self, question: Question) -> Finding | None:
+        if self.context.epoch == 1:
+            os._exit(9)
+        return await super().answer(question)

@@ -325,6 +325,21 @@ async def test_an_order_that_nobody_took_is_not_carried_out_later(short_dir: Pat
         assert not world.desk.draining
 
 
+async def test_a_mistake_of_ours_is_an_answer_and_the_next_request_is_answered(
+    world: AdminWorld, client: AdminClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(world.desk, "_cancel", broken)
+    monkeypatch.setattr(world.desk, "stats", broken)
+    with pytest.raises(AdminError, match=r"internal error: RuntimeError\('planted'\)"):
+        await client.ask(CancelOne("x"), CancelReply)
+    with pytest.raises(AdminError, match=r"internal error: RuntimeError\('planted'\)"):
+        await client.ask(GetStats(), StatsReply)
+    await client.ask(GetCaches(), CachesReply)
+
+
 # ---------------------------------------------------------------- garbage
 
 

@@ -20,6 +20,8 @@ from vlmrt.runtime.messages import (
     PROTOCOL_VERSION,
     Abort,
     ActorName,
+    AdminAnswer,
+    AdminAsk,
     ArenaRef,
     ClipInfo,
     ControlInbox,
@@ -58,6 +60,8 @@ from vlmrt.runtime.messages import (
     VitInbox,
     VitReady,
 )
+from vlmrt.runtime.questions import Cancelled, EmptyCaches
+from vlmrt.runtime.timeline import Span
 from vlmrt.runtime.topology import INBOXES
 
 EDGE, SCHEDULER = ActorName("edge:0"), ActorName("scheduler:0")
@@ -70,6 +74,7 @@ SUBMIT = Submit(
     Sampling(0.5, seed=-(2**63), logit_bias=(LogitBias(3, float("-inf"), 2),), num_logprobs=2, grammar="start: /a/"),
     StopRule(16, stop_token_ids=(7,)),
 )
+ENCODE_SPAN = Span("encode", "vit:0", 1.5, 2.25, "abcd")
 LOGPROBS = TokenLogprobs(-0.5, ((3, -0.25), (9, float("-inf"))))
 EXAMPLES: list[tuple[Any, Message]] = [
     (SchedulerInbox, SUBMIT),
@@ -79,7 +84,10 @@ EXAMPLES: list[tuple[Any, Message]] = [
     ),
     (SchedulerInbox, StepResult(7, (5, 9), 1.5, (FailedRow(2, "grammar"),), (None, LOGPROBS))),
     (SchedulerInbox, DecodeFailed(MmHash("a"), WireError(400, "no image", "bad_image", "messages.0"))),
-    (EdgeInbox, TokenBatch((TokenOutput(RequestId("r1"), (5,), Usage(3, 0, 1), "stop", None, (LOGPROBS,)),))),
+    (
+        EdgeInbox,
+        TokenBatch((TokenOutput(RequestId("r1"), (5,), Usage(3, 0, 1), "stop", None, (LOGPROBS,), (ENCODE_SPAN,)),)),
+    ),
     (INBOXES["media"], Decode(MmHash("a"), b"\x00\xff" * 100, (4, 4), (28, 28), Epoch(1))),
     (
         INBOXES["media"],
@@ -95,6 +103,8 @@ EXAMPLES: list[tuple[Any, Message]] = [
     (VitInbox, Restore(2, MmHash("a"), 4, (7, 0), (3, 1))),
     (SupervisorInbox, Hello(EDGE, Epoch(3), 99, PROTOCOL_VERSION, "ipc:///x")),
     (SupervisorInbox, Ready(VitReady(HostSlabExport("slab/vit:0/1", 4, 16, 64, "float32")))),
+    (SupervisorInbox, AdminAnswer(7, Cancelled(1))),
+    (ControlInbox, AdminAsk(7, EmptyCaches(("prefix",)))),
     (ControlInbox, PeerUp(EDGE, Epoch(3), "ipc:///x", EdgeReady())),
 ]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.runtime import services
 from tests.runtime.services import (
     DEADLINE_S,
     SHARED_MEMORY,
@@ -356,23 +357,23 @@ def test_killing_the_supervisor_while_actors_start_leaves_nothing(tmp_path: Path
         assert LeftBehind(run_root, children, set(SHARED_MEMORY.iterdir())).after(DEADLINE_S) == []
 
 
-def test_the_leak_check_finds_planted_leaks(tmp_path: Path) -> None:
-    shared_before = set(SHARED_MEMORY.iterdir())
+def test_the_leak_check_finds_planted_leaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, shared_memory = tmp_path / "root", tmp_path / "shm"  # not /dev/shm: a test beside this one would find it
+    root.mkdir()
+    shared_memory.mkdir()
+    monkeypatch.setattr(services, "SHARED_MEMORY", shared_memory)
     with subprocess.Popen(["sleep", "60"]) as bystander:
         try:
-            assert LeftBehind(tmp_path, [psutil.Process(bystander.pid)], shared_before).after(0.05) != []
+            assert LeftBehind(root, [psutil.Process(bystander.pid)], set()).after(0.05) != []
         finally:
             bystander.kill()
-    (tmp_path / "vlmrt-left").mkdir()
-    assert LeftBehind(tmp_path, [], shared_before).after(0.05) == [str(tmp_path / "vlmrt-left")]
-    (tmp_path / "vlmrt-left").rmdir()
-    assert LeftBehind(tmp_path, [], shared_before).after(0.05) == []
-    planted = SHARED_MEMORY / f"vlmrt-test-{os.getpid()}"
+    (root / "vlmrt-left").mkdir()
+    assert LeftBehind(root, [], set()).after(0.05) == [str(root / "vlmrt-left")]
+    (root / "vlmrt-left").rmdir()
+    assert LeftBehind(root, [], set()).after(0.05) == []
+    planted = shared_memory / "vlmrt-test"
     planted.touch()
-    try:
-        assert LeftBehind(tmp_path, [], shared_before).after(0.05) == [str(planted)]
-    finally:
-        planted.unlink()
+    assert LeftBehind(root, [], set()).after(0.05) == [str(planted)]
 
 
 async def test_a_killed_sweeper_is_replaced(tmp_path: Path) -> None:

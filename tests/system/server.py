@@ -10,14 +10,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import httpx
 import openai
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
+
+Result = TypeVar("Result")
 
 READY = re.compile(r"http://[\w.:\[\]]+:(\d+)")
 SHARED_MEMORY = Path("/dev/shm")
@@ -38,6 +41,8 @@ class Server:
         self.output = output
         self.url = f"http://127.0.0.1:{port}"
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+        # a connection for every request, but not a TLS context, which takes longer than most of them
+        self.http = httpx.Client(base_url=self.url, timeout=120, limits=httpx.Limits(max_keepalive_connections=0))
 
     def chat(self, content: str | list[dict[str, Any]], **fields: Any) -> Any:
         """One chat completion about this user message; a ChatCompletion, or with stream=True a stream of chunks."""
@@ -63,25 +68,27 @@ class Server:
     def metrics(self) -> dict[str, float]:
         """Sums over labels and actors, by metric name."""
         totals: dict[str, float] = {}
-        for family in text_string_to_metric_families(httpx.get(f"{self.url}/metrics", timeout=5).text):
+        for family in text_string_to_metric_families(self.http.get("/metrics", timeout=5).text):
             for sample in family.samples:
                 totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
         return totals
 
     def healthy(self) -> bool:
         try:
-            return httpx.get(f"{self.url}/health", timeout=5).status_code == 200
+            return self.http.get("/health", timeout=5).status_code == 200
         except httpx.HTTPError:
             return False
 
-    def wait_until(self, condition: Callable[[], bool], what: str, deadline_s: float = 60.0) -> float:
+    def wait_until(
+        self, condition: Callable[[], bool], what: str, deadline_s: float = 60.0, every_s: float = 0.02
+    ) -> float:
         """Seconds waited.  Fails the test with the server's output if the condition does not come true."""
         began = time.monotonic()
         while not condition():
             waited = time.monotonic() - began
             assert self.process.poll() is None, f"the server ended: {''.join(self.output)}"
             assert waited < deadline_s, f"{what} did not come true in {deadline_s} s: {''.join(self.output)}"
-            time.sleep(0.02)
+            time.sleep(every_s)
         return time.monotonic() - began
 
     def counted(self, names: Sequence[str]) -> dict[str, float]:
@@ -97,8 +104,28 @@ class Server:
                 last, unchanged_since_s = figures, time.monotonic()
             return time.monotonic() - unchanged_since_s > SETTLED_S
 
-        self.wait_until(settled, "the end of all work")
+        self.wait_until(settled, "the end of all work", every_s=0.1)
         return last
+
+    def at_once(self, asks: Sequence[Callable[[], Result]]) -> list[Result]:
+        """What these requests give, all of which the scheduler has before the first gets a token.
+
+        The language model's process stands still meanwhile, for far less than a supervisor waits for a sign of life.
+        """
+
+        def all_there() -> bool:
+            figures = self.metrics()
+            return figures.get("vlmrt_requests_running", 0) + figures.get("vlmrt_requests_waiting", 0) >= len(asks)
+
+        rank = psutil.Process(self.pid("llm:0"))
+        with ThreadPoolExecutor(len(asks)) as pool:
+            rank.suspend()
+            try:
+                futures = [pool.submit(ask) for ask in asks]
+                self.wait_until(all_there, "all requests at the scheduler", deadline_s=20.0)
+            finally:
+                rank.resume()
+            return [future.result() for future in futures]
 
     def wait_until_restarted(self, name: str, old_pid: int) -> float:
         """Until a new process of that name runs and the service is healthy again."""

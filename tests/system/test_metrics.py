@@ -32,7 +32,7 @@ _SPANS = "actors/edge/test_timelines.py::test_spans_are_counted_in_the_histogram
 MOVED_ELSEWHERE = {  # does not happen to a healthy server on a CPU, or passes too fast to be seen in one
     "actor_restarts_total": "runtime/test_metrics.py::test_the_text_is_read_back_by_prometheus_own_parser",
     "bad_frames_total": "runtime/test_actor.py::test_garbage_on_the_control_channel_is_counted_and_dropped",
-    "device_memory_bytes": "runtime/test_service_stats.py::test_an_actor_has_its_memory_and_its_mailbox",
+    "device_memory_bytes": "actors/vit/test_actor.py::test_a_tower_on_a_gpu_tells_how_much_of_it_its_process_holds",
     "embedding_cache_evictions_total": _EMBED_TIERS,
     "embedding_cache_host_bytes": _EMBED_TIERS,
     "embedding_cache_host_evictions_total": _EMBED_TIERS,

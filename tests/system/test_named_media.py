@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
@@ -121,14 +120,14 @@ def test_a_picture_asked_about_by_name_is_decoded_and_encoded_once(admin_server:
 def test_resets_forget_prefixes_rows_and_names(admin_server: Server) -> None:
     first = ask(admin_server, part(drawn(6), "reset"), QUESTION)
     assert ask(admin_server, part(None, "reset"), QUESTION).usage.prompt_tokens_details.cached_tokens > 0
-    assert httpx.post(f"{admin_server.url}/reset_prefix_cache").json() == {"reset": "prefix"}
+    assert admin_server.http.post("/reset_prefix_cache").json() == {"reset": "prefix"}
     again = ask(admin_server, part(None, "reset"), QUESTION)
     assert again.usage.prompt_tokens_details.cached_tokens == 0
     assert seen(again) == seen(first)
-    assert httpx.post(f"{admin_server.url}/reset_mm_cache").json() == {"reset": "embedding"}
+    assert admin_server.http.post("/reset_mm_cache").json() == {"reset": "embedding"}
     assert refusal(admin_server, part(None, "reset"), QUESTION).code == "media_not_cached"
     assert seen(ask(admin_server, part(drawn(6), "reset"), QUESTION)) == seen(first)
 
 
 def test_without_the_flag_there_is_nothing_to_reset(demo_server: Server) -> None:
-    assert httpx.post(f"{demo_server.url}/reset_mm_cache").status_code == 404
+    assert demo_server.http.post("/reset_mm_cache").status_code == 404

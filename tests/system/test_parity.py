@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from tests.system.server import Server, launch
 from vlmrt.tools.checkpoint import make_checkpoint
 
 CONCURRENCY = 16
-NUM_TALKERS = 40
+NUM_TALKERS = 24  # of `make test`; the soak has 40
 TALK_TOKENS = 160  # ten blocks each, which nobody has set aside for them: where there are few, talkers are preempted
 WORDS = "what is this picture and how many red shapes do you see left of the blue one".split()
 
@@ -62,19 +63,18 @@ def ask(server: Server, question: Question, num_tokens: int) -> tuple[list[int],
 
 
 def check_parity(
-    checkpoint: Path, run_root: Path, arguments: list[str], indices: range, num_tokens: int
+    checkpoint: Path, run_root: Path, arguments: list[str], indices: range, num_tokens: int, num_talkers: int
 ) -> dict[str, int]:
     """Every question asked twice (the second time the caches are warm), and after them, all at once, short questions
     with long answers; returns what was counted.
     """
-    talks = [Question([{"role": "user", "content": f"tell me {number}"}], []) for number in range(NUM_TALKERS)]
+    talks = [Question([{"role": "user", "content": f"tell me {number}"}], []) for number in range(num_talkers)]
     questions = [make_question(index) for index in indices]
     with launch("--model", str(checkpoint), *arguments, run_root=run_root) as server:
         with ThreadPoolExecutor(CONCURRENCY) as pool:
             answers = list(pool.map(lambda question: ask(server, question, num_tokens), questions * 2))
-        with ThreadPoolExecutor(NUM_TALKERS) as pool:
-            talk_answers = list(pool.map(lambda talk: ask(server, talk, TALK_TOKENS), talks))
-        metrics = server.metrics()
+        talk_answers = server.at_once([partial(ask, server, talk, TALK_TOKENS) for talk in talks])
+        metrics = server.counted(("vlmrt_preemptions_total", "vlmrt_prefix_cache_hits_total"))
     reference = Reference(checkpoint)
     for talk, (_, output_ids) in zip(talks, talk_answers, strict=True):
         reference.judge(reference.inputs(talk.messages, talk.pictures), output_ids)
@@ -89,8 +89,8 @@ def check_parity(
         for verdict in verdicts:
             counted["tokens"] += verdict.num_argmax + verdict.num_ties
             counted["ties"] += verdict.num_ties
-    counted["preemptions"] = int(metrics.get("vlmrt_preemptions_total", 0))
-    counted["cached_tokens"] = int(metrics.get("vlmrt_prefix_cache_hits_total", 0))
+    counted["preemptions"] = int(metrics["vlmrt_preemptions_total"])
+    counted["cached_tokens"] = int(metrics["vlmrt_prefix_cache_hits_total"])
     return counted
 
 
@@ -108,7 +108,7 @@ CASES = {
 def test_greedy_tokens_equal_the_reference(case: str, tmp_path: Path, run_root: Path) -> None:
     preset, arguments = CASES[case]
     checkpoint = make_checkpoint(tmp_path / "model", preset, dtype="float32")
-    counted = check_parity(checkpoint, run_root, arguments, range(10), num_tokens=24)
+    counted = check_parity(checkpoint, run_root, arguments, range(10), num_tokens=24, num_talkers=NUM_TALKERS)
     print(case, counted)
     assert counted["tokens"] == 2 * 10 * 24
     if "preempting" in case:
@@ -126,7 +126,7 @@ def test_sixty_requests_of_sixty_four_tokens_equal_the_reference(
 ) -> None:
     checkpoint = make_checkpoint(tmp_path / "model", preset, dtype="float32")
     arguments = ["--tp", tp, *TINY_KV, *(NO_CACHES if caches == "off" else [])]
-    counted = check_parity(checkpoint, run_root, arguments, range(60), num_tokens=64)
+    counted = check_parity(checkpoint, run_root, arguments, range(60), num_tokens=64, num_talkers=40)
     print(f"{preset} tp {tp} caches {caches}: {counted}")
     assert counted["tokens"] == 2 * 60 * 64
     assert counted["preemptions"] > 0

@@ -163,10 +163,8 @@ def test_several_clips_and_pictures_in_one_message_are_answered(demo_server: Ser
     details = answer.usage.prompt_tokens_details
     assert details.image_tokens > 0
     assert details.video_tokens > 0
-    count = httpx.post(
-        f"{demo_server.url}/tokenize", json={"messages": [{"role": "user", "content": parts}]}, timeout=30
-    ).json()["count"]
-    assert count == answer.usage.prompt_tokens
+    tokenized = demo_server.http.post("/tokenize", json={"messages": [{"role": "user", "content": parts}]})
+    assert tokenized.json()["count"] == answer.usage.prompt_tokens
 
 
 # ---------------------------------------------------------------- wrong files
@@ -209,7 +207,7 @@ WRONG: dict[str, dict[str, Any]] = {
 def post(server: Server, video: dict[str, Any]) -> httpx.Response:
     content = [{"type": "video_url", "video_url": video}, QUESTION]
     body = {"model": "model", "messages": [{"role": "user", "content": content}], "max_tokens": 4}
-    return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+    return server.http.post("/v1/chat/completions", json=body)
 
 
 def check_refused(answer: httpx.Response, status: int = 400) -> None:

@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
@@ -23,9 +23,30 @@ COUNTED = (
 )  # fmt: skip
 
 
+class Refusals(NamedTuple):
+    """What the server said to every wrong request, what that cost it, and its processes."""
+
+    answers: dict[str, httpx.Response]
+    spent: dict[str, float]
+    pids_before: dict[str, int]
+    pids_after: dict[str, int]
+    num_running: float
+
+
+@pytest.fixture(scope="module")
+def refusals(demo_server: Server) -> Refusals:
+    def pids() -> dict[str, int]:
+        return {actor.name: actor.process.pid for actor in demo_server.actors()}
+
+    pids_before, before = pids(), demo_server.counted(COUNTED)
+    answers = {name: post(demo_server, wrong) for name, wrong in WRONG.items()}
+    spent = {name: value - before[name] for name, value in demo_server.counted(COUNTED).items()}
+    return Refusals(answers, spent, pids_before, pids(), demo_server.metrics()["vlmrt_requests_running"])
+
+
 def post(server: Server, wrong: Wrong) -> httpx.Response:
     headers = {"content-type": wrong.content_type} if wrong.content_type else {}
-    return httpx.post(server.url + wrong.route, content=wrong.content, headers=headers, timeout=30)
+    return server.http.post(wrong.route, content=wrong.content, headers=headers)
 
 
 def test_the_table_is_long_enough() -> None:
@@ -33,8 +54,8 @@ def test_the_table_is_long_enough() -> None:
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_request_is_refused_clearly(name: str, demo_server: Server) -> None:
-    answer = post(demo_server, WRONG[name])
+def test_a_wrong_request_is_refused_clearly(name: str, refusals: Refusals) -> None:
+    answer = refusals.answers[name]
     assert answer.status_code == WRONG[name].status, answer.text
     assert set(answer.json()) == {"error"}
     error = answer.json()["error"]
@@ -44,23 +65,17 @@ def test_a_wrong_request_is_refused_clearly(name: str, demo_server: Server) -> N
 
 
 def test_a_picture_of_one_pixel_is_answered(demo_server: Server) -> None:
-    answer = httpx.post(
-        f"{demo_server.url}/v1/chat/completions", json={"model": "model", **about(data_url(ONE_PIXEL))}, timeout=30
-    )
+    answer = demo_server.http.post("/v1/chat/completions", json={"model": "model", **about(data_url(ONE_PIXEL))})
     assert answer.status_code == 200, answer.text
 
 
-def test_wrong_requests_cost_no_step_and_all_actors_outlive_them(demo_server: Server) -> None:
+def test_wrong_requests_cost_no_step_and_all_actors_outlive_them(refusals: Refusals) -> None:
     """A sound header with a broken body costs one decode."""
-    actors = {actor.name: actor.process.pid for actor in demo_server.actors()}
-    before = demo_server.counted(COUNTED)
-    for wrong in WRONG.values():
-        post(demo_server, wrong)
-    spent = {name: value - before[name] for name, value in demo_server.counted(COUNTED).items()}
+    spent = dict(refusals.spent)
     assert spent.pop("vlmrt_images_decoded_total") <= sum(wrong.num_decodes for wrong in WRONG.values())
     assert set(spent.values()) == {0}, spent
-    assert {actor.name: actor.process.pid for actor in demo_server.actors()} == actors
-    assert demo_server.metrics()["vlmrt_requests_running"] == 0
+    assert refusals.pids_after == refusals.pids_before
+    assert refusals.num_running == 0
 
 
 # ---------------------------------------------------------------- start-up

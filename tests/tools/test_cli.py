@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from vlmrt.tools.arguments import MAX_WIDTH, Parser, did_you_mean
-from vlmrt.tools.cli import COMMANDS, Command, build_parser, main
+from vlmrt.tools.cli import COMMANDS, SYNONYMS, Command, build_parser, main
 
 HEAVY = "torch transformers numpy numba aiohttp zmq msgspec uvloop PIL rich textual yaml prometheus_client"
 NAMES = [command.name for command in COMMANDS]
@@ -113,6 +113,11 @@ def test_the_usage_of_a_command_is_short_and_has_what_cannot_be_left_out(capsys:
     )
 
 
+def test_what_others_call_a_command_means_one_that_there_is() -> None:
+    assert set(SYNONYMS.values()) <= set(NAMES)
+    assert not set(SYNONYMS) & set(NAMES)
+
+
 def test_help_is_a_command_too(capsys: pytest.CaptureFixture[str]) -> None:
     asked = help_of(capsys, "export")
     with pytest.raises(SystemExit):
@@ -134,7 +139,9 @@ def test_help_is_a_command_too(capsys: pytest.CaptureFixture[str]) -> None:
         (["launch", "--tp", "0"], "--tp: 0 is not at least 1"),
         (["launch", "--port", "65536"], "--port: 65536 is not within 0..65535"),
         (["launch", "--vit-quantum-ms", "soon"], "--vit-quantum-ms: 'soon' is not a number"),
-        (["launch", "model"], "vlmrt launch: error: unexpected arguments: model"),
+        (["launch", "model"], "vlmrt launch: error: unexpected arguments: model; did you mean --model model?"),
+        (["launch", "a", "b"], "vlmrt launch: error: unexpected arguments: a b\n"),
+        (["serve"], "vlmrt: error: no such command: serve; did you mean launch?"),
         (["generate", "--imput", "x"], "no such option: --imput; did you mean --input?"),
         (["generate"], "one of the arguments --input --prompt is required"),
         (["generate", "--prompt", "x", "--top-k", "1.5"], "--top-k: '1.5' is not a whole number"),

@@ -256,6 +256,11 @@ def test_a_wrong_entry_of_yaml_has_its_line_too(tmp_path: Path) -> None:
     assert refused(["--config", path]) == f"{path}, line 3: tp: a number is expected, not a list"
 
 
+def test_a_key_in_both_spellings_is_there_twice(tmp_path: Path) -> None:
+    path = file_of(tmp_path, "max-num-seqs = 1\nmax_num_seqs = 2\n")
+    assert refused(["--config", path]) == f"{path}, line 2: max-num-seqs is there twice"
+
+
 def test_nothing_in_yaml_is_as_left_out(tmp_path: Path) -> None:
     found = settings("--config", file_of(tmp_path, "max-model-len: null\ntp: ~\n", "c.yaml"))
     assert (found.arguments.max_model_len, found.arguments.tp, found.origins["tp"]) == (None, 1, "default")
@@ -306,6 +311,17 @@ def test_no_key_is_shown_wherever_it_was_said(tmp_path: Path) -> None:
     assert SECRET not in refused(["--config", file_of(tmp_path, f'api-key = {{a = "{SECRET}"}}')])
     assert SECRET not in refused(["--config", file_of(tmp_path, f'api-key = [["{SECRET}"]]')])
     assert settings(VLMRT_API_KEY=SECRET).origins["api-key"] == "environment VLMRT_API_KEY"
+
+
+def test_a_file_with_keys_that_others_may_read_is_warned_of(tmp_path: Path) -> None:
+    path = file_of(tmp_path, f'api-key = "{SECRET}"')
+    Path(path).chmod(0o640)
+    assert settings("--config", path).warnings == [
+        f"{path} has API keys, and other users may read it: chmod 600 {path}"
+    ]
+    assert settings("--config", path, "--api-key", "other").warnings == []
+    Path(path).chmod(0o600)
+    assert settings("--config", path).warnings == []
 
 
 def test_what_is_shown_is_a_file_that_gives_the_same_options(tmp_path: Path) -> None:

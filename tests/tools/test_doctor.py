@@ -142,7 +142,7 @@ def test_the_place_of_sockets_must_be_short_and_writable(tmp_path: Path, monkeyp
     assert only(host.run_directory()).status == "ok"
     long = tmp_path / ("x" * 100)
     long.mkdir()
-    monkeypatch.setattr("vlmrt.runtime.run_dir._candidate_bases", lambda: [long])
+    monkeypatch.setattr("vlmrt.runtime.run_dir.candidate_bases", lambda: [long])
     assert only(host.run_directory()).status == "problem"
     assert list(long.iterdir()) == []
 

@@ -15,6 +15,8 @@ from vlmrt.runtime.config import Config, ServerOptions
 from vlmrt.runtime.logs import LAUNCH_LOGGER
 from vlmrt.runtime.messages import ActorName, Epoch, LlmReady, MediaReady
 from vlmrt.tools import demo
+from vlmrt.tools.chat.command import URL as CHAT_URL
+from vlmrt.tools.cli import build_parser
 from vlmrt.tools.launch_report import LaunchReport, LoggedReport
 from vlmrt.tools.loading_bars import LoadingBars
 from vlmrt.tools.ready_block import Started, ready_entries
@@ -57,7 +59,8 @@ def test_a_pipe_gets_a_line_for_each_stage_and_one_block(capsys: pytest.CaptureF
     assert lines[1:3] == ["  llm:0: loading weights 0.0/2.0 MiB", "  llm:0: loading weights 2.0/2.0 MiB"]
     assert "  sharing    time-sliced" in lines
     assert "  KV cache   16000 tokens (0.98 GiB), prefix caching on" in lines
-    assert f"  metrics    {URL}/metrics" in lines
+    assert f"  chat       {URL}/ in a browser; vlmrt chat --url {URL}" in lines
+    assert f"  figures    vlmrt admin top, vlmrt admin stats; {URL}/metrics for Prometheus" in lines
     assert text.count("is ready at") == 1
     assert lines[-3:-1] == ["vlmrt: media:0 restarts in 0.5 s", "vlmrt: ready again after 0.5 s"]
 
@@ -93,6 +96,22 @@ def test_a_collector_gets_records_with_the_block_as_one_of_them(
     assert levels["media:0 is down: kil"] == "WARNING"
     assert levels["stopping: a signal"] == "INFO"
     assert all("\n" not in record.getMessage() for record in caplog.records)
+
+
+def test_a_server_without_a_page_names_none() -> None:
+    for server, chat in (
+        (ServerOptions(page=False), "vlmrt chat"),
+        (ServerOptions(), f"{CHAT_URL}/ in a browser; vlmrt chat"),
+    ):
+        entries = ready_entries(
+            config(server=server), load_model_config(demo.CHECKPOINT), CHAT_URL, Started(LlmReady(1000))
+        )
+        assert dict(entries)["chat"] == chat
+
+
+def test_the_commands_of_the_block_are_there() -> None:
+    for words in (["chat", "--url", URL], ["admin", "top"], ["admin", "stats"]):
+        build_parser().parse_args(words)
 
 
 def test_the_block_says_from_where_options_came_that_the_command_line_does_not_show() -> None:

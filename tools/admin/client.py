@@ -87,7 +87,8 @@ class AdminClient:
             async with asyncio.timeout(deadline_s - time.monotonic()):
                 found = await reply
         except TimeoutError:
-            raise ServiceSilent(f"no answer from {self.address} within {timeout_s:g} s") from None
+            hint = "; a wrong key or token is not answered" if self.address.startswith("tcp:") else ""
+            raise ServiceSilent(f"no answer from {self.address} within {timeout_s:g} s{hint}") from None
         finally:
             del self._asked[ask_id]
         if isinstance(found, Refused):

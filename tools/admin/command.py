@@ -37,20 +37,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     trace.add_argument("id", metavar="ID", help="its x-request-id, or the id of its answer")
     trace.add_argument("--json", action="store_true", help="the timeline as JSON")
     cache = command("cache", "look at the caches, or empty them of what no request uses")
-    cache.add_argument("action", choices=("show", "reset"), help="what they hold, or forget what no request uses")
-    cache.add_argument("kind", nargs="?", choices=("prefix", "embedding", "all"), default="all", help="which to reset")
+    cache.add_argument("action", choices=("show", "reset"), help="look, or empty")
+    cache.add_argument("kind", nargs="?", choices=("prefix", "embedding", "all"), default="all", help="which to empty")
     drain = command("drain", "refuse new requests (503, Retry-After) and let the open ones end")
     drain.add_argument("--stop", action="store_true", help="end the service when none is open")
     drain.add_argument("--wait", action="store_true", help="return only when none is open")
     command("undrain", "take new requests again")
     config = command("config", "the configuration in use, and where each value comes from")
-    config.add_argument("action", choices=("show",), help="every value, with where it comes from")
+    config.add_argument("action", choices=("show",), help="print it")
     config.add_argument("--json", action="store_true", help="as one JSON object")
     level = command("log-level", "log from this level on, until the service ends")
     level.add_argument("level", choices=("debug", "info", "warning", "error"), help="the least that is logged")
     level.add_argument("--actor", default="", metavar="NAME", help="such as vit:0; default: all")
     profile = command("profile", "record what an actor does into a file of the server")
-    profile.add_argument("action", choices=("start", "stop"), help="stop writes the file")
+    profile.add_argument("action", choices=("start", "stop"), help="begin, or end and write")
     profile.add_argument("actor", metavar="ACTOR", help="such as vit:0 or llm:0 (torch's profiler), or edge:0 (stacks)")
     profile.add_argument(
         "--seconds", type=positive_float, default=30.0, metavar="S", help="after which the recording ends by itself"
@@ -63,10 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_where(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("which service")
-    where.add_argument("--address", metavar="ADDRESS", help="as the service's --admin-address, or ipc://PATH")
-    where.add_argument("--pid", type=positive_int, metavar="PID", help="of the service, where several run")
-    where.add_argument("--keys", metavar="DIR", help="CURVE keys of an operator: the client folder of `keygen`")
-    where.add_argument("--token-file", metavar="FILE", help="the secret of the service's --admin-token-file")
+    place = where.add_mutually_exclusive_group()
+    place.add_argument("--address", metavar="ADDRESS", help="as the service's --admin-address, or ipc://PATH")
+    place.add_argument("--pid", type=positive_int, metavar="PID", help="of the service, where several run")
+    key = where.add_mutually_exclusive_group()
+    key.add_argument("--keys", metavar="DIR", help="CURVE keys of an operator: the client folder of `keygen`")
+    key.add_argument("--token-file", metavar="FILE", help="the secret of the service's --admin-token-file")
     where.add_argument("--timeout", type=positive_float, default=10.0, metavar="S", help="for each answer")
 
 

@@ -125,6 +125,30 @@ async def test_a_stream_that_is_cancelled_ends_with_one_error_event_and_one_abor
     assert "requests_aborted_total" not in counters
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "end"),
+    [
+        ("/v1/completions", {"model": MODEL, "prompt": "Hello", "max_tokens": 9}, b'data: {"error":'),
+        ("/v1/responses", {"model": MODEL, "input": "Hello"}, b"event: response.failed"),
+        ("/v1/messages", {"model": MODEL, "messages": HELLO, "max_tokens": 9}, b"event: error"),
+    ],
+)
+async def test_a_stream_of_any_route_ends_with_one_error(
+    path: str, body: dict[str, Any], end: bytes, edge: RunningEdge
+) -> None:
+    async with connection(edge.port) as raw:
+        await raw.post({**body, "stream": True}, path, x_request_id="mine")
+        await edge.output(await edge.submitted(), edge.ids("some"))
+        assert (await raw.head())[0] == 200
+        assert await cancel(edge, "mine") == Cancelled(1)
+        text = await raw.body()
+        assert text.count(end) == 1
+        assert b"cancelled by the server's operator" in text[text.index(end) :]
+        await edge.aborted()
+    await gone(edge)
+    assert edge.sent == []
+
+
 async def test_an_answer_that_has_not_begun_is_499_and_is_not_tried_again(edge: RunningEdge) -> None:
     client = edge.client.with_options(max_retries=3)
     call = asyncio.create_task(

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import cast
 
@@ -74,15 +75,21 @@ class Worker:
         return self.context.metrics.snapshot().gauges.get("pixel_arena_bytes", 0.0)
 
 
-@pytest.fixture
-async def worker(tmp_path: Path) -> AsyncIterator[Worker]:
+@asynccontextmanager
+async def running_worker(run_dir: Path, arena_wait_s: float) -> AsyncIterator[Worker]:
     config = make_config(memory=MemoryOptions(pixel_arena_mib=1))
-    async with FakeContext("media:0", tmp_path, config) as context:
-        actor = MediaActor(cast(ActorContext, context), arena_wait_s=0.2)
+    async with FakeContext("media:0", run_dir, config) as context:
+        actor = MediaActor(cast(ActorContext, context), arena_wait_s=arena_wait_s)
         assert await actor.start() == MediaReady(arena_bytes=1 << 20)
         await actor.peer_up(peer_up(SCHEDULER, SchedulerReady()))
         yield Worker(context, actor)
         await actor.stop(0.0)
+
+
+@pytest.fixture
+async def worker(tmp_path: Path) -> AsyncIterator[Worker]:
+    async with running_worker(tmp_path, arena_wait_s=30.0) as running:
+        yield running
 
 
 PNG = save(noise(80, 60, 1), "PNG")
@@ -153,12 +160,13 @@ async def test_a_full_arena_waits_for_freed_pixels(worker: Worker) -> None:
     assert ready.pixels.offset == refs[3].offset
 
 
-async def test_an_arena_that_stays_full_is_an_error_to_try_again(worker: Worker) -> None:
-    while worker.used_bytes + NUM_BYTES <= 1 << 20:
-        await worker.decode("fill", PNG)
-        await worker.ready()
-    await worker.decode("next", PNG)
-    failed = await worker.failed()
+async def test_an_arena_that_stays_full_is_an_error_to_try_again(tmp_path: Path) -> None:
+    async with running_worker(tmp_path, arena_wait_s=0.05) as worker:
+        while worker.used_bytes + NUM_BYTES <= 1 << 20:
+            await worker.decode("fill", PNG)
+            await worker.ready()
+        await worker.decode("next", PNG)
+        failed = await worker.failed()
     assert (failed.error.status, failed.error.code) == (503, "media_worker_busy")
 
 

@@ -565,3 +565,18 @@ async def test_a_profile_holds_what_the_tower_computed_meanwhile(one_checkpoint:
     with gzip.open(begun.path) as file:
         events = msgspec.json.decode(file.read())["traceEvents"]
     assert any(event.get("name", "").startswith("aten::") for event in events)
+
+
+async def test_a_tower_on_a_gpu_tells_how_much_of_it_its_process_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: {"cuda:1": 5 << 30}[device])
+    encoder = FakeEncoder()
+    async with FakeContext("vit:0", tmp_path, device="cuda:1") as context:
+        actor = VitActor(cast(ActorContext, context), lambda _: encoder)
+        await actor.start()
+        await asyncio.sleep(0)  # its tasks begin
+        slab = encoder.export
+        held_bytes = (5 << 30) + slab.num_pages * slab.page_rows * slab.width * 4
+        assert context.metrics.snapshot().gauges["device_memory_bytes"] == held_bytes
+        await actor.stop(1.0)

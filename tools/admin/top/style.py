@@ -13,9 +13,8 @@ Screen { background: $background; }
 .wide #curves { display: block; }
 .wide #numbers { max-width: 100; }
 .wide #latencies { margin: 1 0 0 0; }
-#tokens, #running { height: 3; margin: 0 0 1 0; }
-#running { margin: 0; }
-DataTable { scrollbar-size: 1 1; }
+Sparkline { height: 3; }
+DataTable { scrollbar-size: 1 1; background: $background; }
 #actors { height: auto; max-height: 40%; border-top: solid $primary; border-title-color: $text; }
 #requests { height: 1fr; border-top: solid $primary; border-title-color: $text; }
 .gone #figures, .gone #latencies, .gone #actors, .gone #requests { opacity: 50%; }
