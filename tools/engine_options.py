@@ -29,6 +29,15 @@ def add_engine_files(parser: argparse.ArgumentParser | argparse._ArgumentGroup) 
 
 def add_engine(parser: argparse.ArgumentParser, preset: str = "interactive") -> None:
     """The options of whatever runs a model: all of `launch` but those of its HTTP server."""
+    _add_model(parser)
+    _add_places(parser)
+    _add_memory(parser)
+    _add_limits(parser, preset)
+    _add_media(parser)
+    _add_running(parser)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--model", metavar="DIR|HUB_ID", help="a local directory or a hub id; default: the demo model")
     model.add_argument("--revision", default="main", metavar="NAME", help="branch, tag or commit of the hub id")
@@ -50,6 +59,8 @@ def add_engine(parser: argparse.ArgumentParser, preset: str = "interactive") -> 
         "--generation-config", choices=("auto", "none"), default="auto", help="where sampling defaults come from"
     )
 
+
+def _add_places(parser: argparse.ArgumentParser) -> None:
     place = parser.add_argument_group("devices")
     place.add_argument("--tp", type=positive_int, default=1, metavar="N", help="tensor-parallel ranks of the LLM")
     place.add_argument(
@@ -105,6 +116,8 @@ def add_engine(parser: argparse.ArgumentParser, preset: str = "interactive") -> 
         help="what runs the vision tower; another than torch has it exported once",
     )
 
+
+def _add_memory(parser: argparse.ArgumentParser) -> None:
     memory = parser.add_argument_group("memory")
     add_engine_files(memory)
     memory.add_argument(
@@ -156,6 +169,8 @@ def add_engine(parser: argparse.ArgumentParser, preset: str = "interactive") -> 
     memory.add_argument("--no-prefix-caching", action="store_true", help="compute every prompt from its first token")
     memory.add_argument("--no-embedding-caching", action="store_true", help="encode every image of every request")
 
+
+def _add_limits(parser: argparse.ArgumentParser, preset: str) -> None:
     limits = parser.add_argument_group("limits")
     limits.add_argument(
         "--max-num-seqs",
@@ -191,6 +206,8 @@ def add_engine(parser: argparse.ArgumentParser, preset: str = "interactive") -> 
         "--max-video-frames", type=positive_int, default=768, metavar="N", help="that are looked at, of one video"
     )
 
+
+def _add_media(parser: argparse.ArgumentParser) -> None:
     media = parser.add_argument_group("media")
     media.add_argument(
         "--allowed-media-domains",
@@ -201,6 +218,8 @@ def add_engine(parser: argparse.ArgumentParser, preset: str = "interactive") -> 
     )
     media.add_argument("--allowed-media-root", metavar="DIR", help="file:// media may lie below this directory")
 
+
+def _add_running(parser: argparse.ArgumentParser) -> None:
     running = parser.add_argument_group("running")
     running.add_argument(
         "--log-level",
