@@ -57,7 +57,8 @@ def options_of(parser: argparse.ArgumentParser) -> set[str]:
 
 def options_of_benchmarks() -> set[str]:
     """And of the other programs of the repository that pages name."""
-    programs = [*ROOT.glob("benchmarks/**/*.py"), *ROOT.glob("tests/judges/*.py"), *ROOT.glob("tools/demo/*.py")]
+    places = ("benchmarks/**/*.py", "tests/judges/*.py", "tests/tools/bench/scripted_server.py", "tools/demo/*.py")
+    programs = [file for place in places for file in ROOT.glob(place)]
     return {flag for file in programs for flag in re.findall(r"\"(--[a-z0-9-]+)\"", file.read_text())}
 
 
