@@ -15,18 +15,8 @@ import time
 
 from vlmrt.actors.scheduler.state import State
 from vlmrt.runtime.config import Config, ModelOptions, SchedulingOptions
-from vlmrt.runtime.messages import (
-    ActorName,
-    EdgeReady,
-    Epoch,
-    LlmReady,
-    PeerUp,
-    RequestId,
-    Sampling,
-    StepResult,
-    StopRule,
-    Submit,
-)
+from vlmrt.runtime.control_messages import EdgeReady, LlmReady, PeerUp
+from vlmrt.runtime.messages import ActorName, Epoch, RequestId, Sampling, StepResult, StopRule, Submit
 
 EDGE, RANK = ActorName("edge:0"), ActorName("llm:0")
 PROMPT_TOKENS = 512

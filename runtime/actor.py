@@ -22,19 +22,12 @@ from vlmrt.runtime.answerer import Answerer
 from vlmrt.runtime.codec import FrameDecoder, encode_header, encode_message
 from vlmrt.runtime.config import Config
 from vlmrt.runtime.control import ControlLink, SupervisorLost
-from vlmrt.runtime.errors import StartupError, VlmrtError
-from vlmrt.runtime.host_memory import resident_memory_bytes
-from vlmrt.runtime.mailbox import Mailbox
-from vlmrt.runtime.messages import (
-    PROTOCOL_VERSION,
-    ActorName,
+from vlmrt.runtime.control_messages import (
     AdminAsk,
     Capabilities,
-    Epoch,
     Heartbeat,
     Hello,
     MemoryTurn,
-    Message,
     PeerDown,
     PeerUp,
     Progress,
@@ -43,6 +36,10 @@ from vlmrt.runtime.messages import (
     Shutdown,
     StartFailed,
 )
+from vlmrt.runtime.errors import StartupError, VlmrtError
+from vlmrt.runtime.host_memory import resident_memory_bytes
+from vlmrt.runtime.mailbox import Mailbox
+from vlmrt.runtime.messages import PROTOCOL_VERSION, ActorName, Epoch, Message
 from vlmrt.runtime.metrics import Metrics
 from vlmrt.runtime.questions import Finding, Question
 from vlmrt.runtime.spawner import START_FAILED, ProcessSpec

@@ -43,7 +43,8 @@ from vlmrt.runtime.asks import Asks
 from vlmrt.runtime.config import Config
 from vlmrt.runtime.config_shown import config_values
 from vlmrt.runtime.control import SUPERVISOR
-from vlmrt.runtime.messages import ActorName, ServiceStatus
+from vlmrt.runtime.control_messages import ServiceStatus
+from vlmrt.runtime.messages import ActorName
 from vlmrt.runtime.process_table import ProcessTable
 from vlmrt.runtime.questions import (
     AnswersOpen,

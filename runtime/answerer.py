@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import assert_never
 
 from vlmrt.runtime.control import SupervisorLost
-from vlmrt.runtime.messages import AdminAnswer, AdminAsk
+from vlmrt.runtime.control_messages import AdminAnswer, AdminAsk
 from vlmrt.runtime.profiling import ProfileSession
 from vlmrt.runtime.questions import (
     CancelRequest,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from vlmrt.runtime.messages import ActorName, AdminAnswer, AdminAsk, Epoch
+from vlmrt.runtime.control_messages import AdminAnswer, AdminAsk
+from vlmrt.runtime.messages import ActorName, Epoch
 from vlmrt.runtime.process_table import Process, ProcessTable
 from vlmrt.runtime.questions import Finding, Question, Unable
 

@@ -11,17 +11,13 @@ from typing import TypeAlias
 import zmq
 
 from vlmrt.runtime.codec import BadFrame, FrameDecoder, encode_header, encode_message
-from vlmrt.runtime.errors import VlmrtError
-from vlmrt.runtime.messages import (
-    ActorName,
+from vlmrt.runtime.control_messages import (
     AdminAnswer,
     AdminAsk,
     ControlInbox,
-    Epoch,
     Heartbeat,
     Hello,
     MemoryTurn,
-    Message,
     PeerDown,
     PeerUp,
     Progress,
@@ -31,6 +27,8 @@ from vlmrt.runtime.messages import (
     StartFailed,
     SupervisorInbox,
 )
+from vlmrt.runtime.errors import VlmrtError
+from vlmrt.runtime.messages import ActorName, Epoch, Message
 from vlmrt.runtime.metrics import Metrics
 from vlmrt.runtime.spawner import ProcessSpec
 from vlmrt.runtime.transport import FramePump, Socket, open_socket

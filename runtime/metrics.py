@@ -11,7 +11,7 @@ import threading
 from bisect import bisect_left
 from collections.abc import Mapping
 
-from vlmrt.runtime.messages import Histogram, MetricsSnapshot
+from vlmrt.runtime.control_messages import Histogram, MetricsSnapshot
 from vlmrt.runtime.metric_table import METRICS, OF_STATUS, Metric, MetricKind
 
 

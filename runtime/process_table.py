@@ -7,15 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vlmrt.runtime.messages import (
-    ActorName,
-    ActorStatus,
-    Capabilities,
-    Epoch,
-    MetricsSnapshot,
-    PeerUp,
-    ServiceStatus,
-)
+from vlmrt.runtime.control_messages import ActorStatus, Capabilities, MetricsSnapshot, PeerUp, ServiceStatus
+from vlmrt.runtime.messages import ActorName, Epoch
 from vlmrt.runtime.metrics import EMPTY_SNAPSHOT, merge_snapshots
 from vlmrt.runtime.spawner import ProcessHandle
 from vlmrt.runtime.topology import TOLD_ABOUT, ActorSpec

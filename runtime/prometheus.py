@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from vlmrt.runtime.messages import ActorStatus, Histogram, ServiceStatus
+from vlmrt.runtime.control_messages import ActorStatus, Histogram, ServiceStatus
 from vlmrt.runtime.metric_table import METRICS
 from vlmrt.runtime.metrics import add_histograms, parse_series_key
 

@@ -32,7 +32,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from vlmrt.runtime.messages import ActorStatus, Histogram, MetricsSnapshot, ServiceStatus
+from vlmrt.runtime.control_messages import ActorStatus, Histogram, MetricsSnapshot, ServiceStatus
 
 RATES_PERIOD_S = 10.0
 RECENT_PERIOD_S = 60.0

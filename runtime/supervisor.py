@@ -26,26 +26,24 @@ from vlmrt.runtime.admin_keys import server_keys
 from vlmrt.runtime.asks import Asks
 from vlmrt.runtime.config import Config
 from vlmrt.runtime.control import SUPERVISOR, ActorReport, ControlServer
-from vlmrt.runtime.errors import StartupError
-from vlmrt.runtime.gpu_sharing import GpuSharing
-from vlmrt.runtime.listener import bind_http, bind_private, url_of
-from vlmrt.runtime.memory_server import MemoryServer, memory_limits
-from vlmrt.runtime.messages import (
-    ActorName,
+from vlmrt.runtime.control_messages import (
     AdminAnswer,
     Capabilities,
-    Epoch,
     Heartbeat,
     Hello,
     LlmReady,
     MemoryTurn,
-    Message,
     PeerDown,
     Progress,
     Ready,
     Shutdown,
     StartFailed,
 )
+from vlmrt.runtime.errors import StartupError
+from vlmrt.runtime.gpu_sharing import GpuSharing
+from vlmrt.runtime.listener import bind_http, bind_private, url_of
+from vlmrt.runtime.memory_server import MemoryServer, memory_limits
+from vlmrt.runtime.messages import ActorName, Epoch, Message
 from vlmrt.runtime.metrics import Metrics
 from vlmrt.runtime.process_table import Process, ProcessTable, RestartBudget
 from vlmrt.runtime.run_dir import RUN_DIR_VARIABLE, RunDir

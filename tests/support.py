@@ -11,8 +11,9 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from vlmrt.runtime.config import Config, MemoryOptions, ModelOptions
+from vlmrt.runtime.control_messages import Capabilities, PeerDown, PeerUp
 from vlmrt.runtime.errors import ChannelFull, StartupError
-from vlmrt.runtime.messages import ActorName, Capabilities, Epoch, Message, PeerDown, PeerUp
+from vlmrt.runtime.messages import ActorName, Epoch, Message
 from vlmrt.runtime.metrics import Metrics
 
 

@@ -12,8 +12,9 @@ import time
 
 from vlmrt.actors.models.config import ModelConfig
 from vlmrt.runtime.config import Config
+from vlmrt.runtime.control_messages import Capabilities, LlmReady
 from vlmrt.runtime.logs import LAUNCH_LOGGER
-from vlmrt.runtime.messages import ActorName, Capabilities, Epoch, LlmReady
+from vlmrt.runtime.messages import ActorName, Epoch
 from vlmrt.tools.loading_bars import LoadingBars, amount_text
 from vlmrt.tools.ready_block import Started, example, place, ready_entries
 from vlmrt.tools.terminal import console_for

@@ -12,7 +12,7 @@ from vlmrt.actors.models.config import ModelConfig
 from vlmrt.actors.models.registry import load_generation_defaults, load_image_processing
 from vlmrt.actors.vit.engines.engine_files import MAX_FRAME_PATCHES
 from vlmrt.runtime.config import Config
-from vlmrt.runtime.messages import LlmReady
+from vlmrt.runtime.control_messages import LlmReady
 from vlmrt.tools import demo
 from vlmrt.tools.chat.command import URL as CHAT_URL
 

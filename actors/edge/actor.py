@@ -50,17 +50,9 @@ from vlmrt.actors.models.registry import (
     load_video_processing,
 )
 from vlmrt.runtime.actor import ActorContext
+from vlmrt.runtime.control_messages import Capabilities, EdgeReady, PeerDown, PeerUp, ServiceStatus
 from vlmrt.runtime.errors import StartupError
-from vlmrt.runtime.messages import (
-    ActorName,
-    Capabilities,
-    EdgeInbox,
-    EdgeReady,
-    PeerDown,
-    PeerUp,
-    Probed,
-    ServiceStatus,
-)
+from vlmrt.runtime.messages import ActorName, EdgeInbox, Probed
 from vlmrt.runtime.questions import CancelRequest, Finding, FindTimeline, ListRequests, Question, TimelineFound
 from vlmrt.runtime.service_stats import StatsHistory
 from vlmrt.runtime.timeline import Timeline

@@ -9,8 +9,9 @@ from msgspec import Struct
 
 from vlmrt.actors.edge.scheduler_link import unavailable
 from vlmrt.runtime.actor import Outbox
+from vlmrt.runtime.control_messages import MediaReady, PeerDown, PeerUp
 from vlmrt.runtime.errors import ChannelFull, RequestError
-from vlmrt.runtime.messages import ActorName, ClipInfo, Epoch, MediaReady, PeerDown, PeerUp, Probe, Probed
+from vlmrt.runtime.messages import ActorName, ClipInfo, Epoch, Probe, Probed
 from vlmrt.runtime.metrics import Metrics
 
 MAX_KNOWN_CLIPS = 4096

@@ -7,7 +7,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from vlmrt.runtime.messages import ServiceStatus
+from vlmrt.runtime.control_messages import ServiceStatus
 from vlmrt.runtime.questions import CacheKind
 
 

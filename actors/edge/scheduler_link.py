@@ -13,6 +13,7 @@ from msgspec import Struct
 from vlmrt.actors.edge.identify import IdentifiedClip, IdentifiedImage, SentMedium
 from vlmrt.actors.edge.open_requests import RETRY_AFTER_S, ClipKey, OpenRequest, Record
 from vlmrt.runtime.actor import Outbox
+from vlmrt.runtime.control_messages import MediaReady, PeerDown, PeerUp, SchedulerReady
 from vlmrt.runtime.errors import ChannelFull, RequestError
 from vlmrt.runtime.messages import (
     Abort,
@@ -26,16 +27,12 @@ from vlmrt.runtime.messages import (
     KnownMedia,
     LookUpMedia,
     MediaFound,
-    MediaReady,
     MediaUnsent,
     Message,
     MmHash,
     NeedMedia,
-    PeerDown,
-    PeerUp,
     RequestId,
     ResetCache,
-    SchedulerReady,
     Submit,
     TokenBatch,
 )

@@ -17,20 +17,9 @@ from vlmrt.actors.llm.step_thread import Aside, EndOfEpoch, OpenedSlab, Rank, St
 from vlmrt.actors.models.gpu_memory import watch_held_memory
 from vlmrt.actors.models.torch_profile import TorchProfiler
 from vlmrt.runtime.actor import ActorContext
+from vlmrt.runtime.control_messages import LlmReady, PeerDown, PeerUp, ServiceStatus
 from vlmrt.runtime.errors import ChannelFull, VlmrtError
-from vlmrt.runtime.messages import (
-    ActorName,
-    AttachSlab,
-    DetachSlab,
-    Epoch,
-    LlmInbox,
-    LlmReady,
-    PeerDown,
-    PeerUp,
-    ServiceStatus,
-    StepPlan,
-    StepResult,
-)
+from vlmrt.runtime.messages import ActorName, AttachSlab, DetachSlab, Epoch, LlmInbox, StepPlan, StepResult
 from vlmrt.runtime.profiling import ProfileSession
 from vlmrt.runtime.questions import Finding, Question, StartProfile, StopProfile
 from vlmrt.runtime.slab import open_slab

@@ -44,12 +44,12 @@ from vlmrt.actors.models.registry import (
 )
 from vlmrt.runtime.actor import ActorContext
 from vlmrt.runtime.config import Config
+from vlmrt.runtime.control_messages import LlmReady
 from vlmrt.runtime.errors import StartupError
 from vlmrt.runtime.host_buffer import HostBuffer
 from vlmrt.runtime.messages import (
     BlockCopy,
     DetachSlab,
-    LlmReady,
     NewSequence,
     RequestId,
     Sampling,

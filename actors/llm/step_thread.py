@@ -12,7 +12,8 @@ from typing import Generic, NamedTuple, Protocol, TypeVar, assert_never
 import msgspec
 
 from vlmrt.actors.llm.process_group import LAST_STEP, step_key
-from vlmrt.runtime.messages import ActorName, DetachSlab, Epoch, LlmReady, StepPlan, StepResult
+from vlmrt.runtime.control_messages import LlmReady
+from vlmrt.runtime.messages import ActorName, DetachSlab, Epoch, StepPlan, StepResult
 from vlmrt.runtime.slab import EmbeddingSlab
 
 Pending = TypeVar("Pending")

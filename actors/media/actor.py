@@ -20,11 +20,11 @@ from vlmrt.actors.media.one_ahead import one_ahead
 from vlmrt.actors.media.open_clips import OpenClips
 from vlmrt.actors.media.resize import resize_frame
 from vlmrt.runtime.actor import ActorContext
+from vlmrt.runtime.control_messages import Capabilities, MediaReady, PeerDown, PeerUp, SchedulerReady, ServiceStatus
 from vlmrt.runtime.errors import ChannelFull, RequestError, VlmrtError
 from vlmrt.runtime.messages import (
     ActorName,
     ArenaRef,
-    Capabilities,
     ClipInfo,
     Decode,
     DecodeFailed,
@@ -32,16 +32,11 @@ from vlmrt.runtime.messages import (
     FrameGroup,
     FreePixels,
     MediaInbox,
-    MediaReady,
     Message,
     MmHash,
-    PeerDown,
-    PeerUp,
     PixelsReady,
     Probe,
     Probed,
-    SchedulerReady,
-    ServiceStatus,
 )
 from vlmrt.runtime.questions import Finding, Question
 from vlmrt.runtime.shared_memory import PixelArena

@@ -9,19 +9,15 @@ import time
 from vlmrt.actors.scheduler.books_shown import caches_shown, requests_open
 from vlmrt.actors.scheduler.state import Send, State
 from vlmrt.runtime.actor import ActorContext
+from vlmrt.runtime.control_messages import Capabilities, PeerDown, PeerUp, SchedulerReady, ServiceStatus
 from vlmrt.runtime.errors import ChannelFull
 from vlmrt.runtime.messages import (
     ActorName,
     CacheReset,
-    Capabilities,
     MediaFound,
     Message,
     NeedMedia,
-    PeerDown,
-    PeerUp,
     SchedulerInbox,
-    SchedulerReady,
-    ServiceStatus,
     StepResult,
     TokenBatch,
 )

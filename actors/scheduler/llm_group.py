@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import deque
 
 from vlmrt.actors.scheduler.policy import Step
-from vlmrt.runtime.messages import ActorName, Epoch, LlmReady
+from vlmrt.runtime.control_messages import LlmReady
+from vlmrt.runtime.messages import ActorName, Epoch
 
 MAX_STEPS_IN_FLIGHT = 2  # the one that runs and the one that the ranks begin without asking
 

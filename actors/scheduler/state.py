@@ -22,6 +22,7 @@ from vlmrt.actors.scheduler.prefix_cache import PrefixCache, extend_block_hashes
 from vlmrt.actors.scheduler.request import Request, Status
 from vlmrt.actors.scheduler.request_trace import RequestTrace
 from vlmrt.runtime.config import Config
+from vlmrt.runtime.control_messages import EdgeReady, LlmReady, MediaReady, PeerDown, PeerUp, SchedulerReady, VitReady
 from vlmrt.runtime.errors import RequestError, WireError
 from vlmrt.runtime.messages import (
     Abort,
@@ -30,32 +31,25 @@ from vlmrt.runtime.messages import (
     CacheReset,
     DecodeFailed,
     DetachSlab,
-    EdgeReady,
     EmbedsReady,
     EncodeFailed,
     Epoch,
     FinishReason,
     ForgetLookUp,
-    LlmReady,
     LookUpMedia,
     MediaFound,
-    MediaReady,
     MediaUnsent,
     Message,
-    PeerDown,
-    PeerUp,
     PixelsReady,
     RequestId,
     ResetCache,
     SchedulerInbox,
-    SchedulerReady,
     StepResult,
     Submit,
     TokenBatch,
     TokenLogprobs,
     TokenOutput,
     Usage,
-    VitReady,
 )
 
 _ROW_ERRORS = {  # by FailedRow.reason

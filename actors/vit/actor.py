@@ -16,6 +16,7 @@ from vlmrt.actors.vit.batcher import EncodeQueue
 from vlmrt.actors.vit.encoder import Answer, EncodeBatch
 from vlmrt.actors.vit.loading import load_encoder
 from vlmrt.runtime.actor import ActorContext
+from vlmrt.runtime.control_messages import PeerDown, PeerUp, ServiceStatus, VitReady
 from vlmrt.runtime.errors import RequestError, VlmrtError
 from vlmrt.runtime.faults import gate
 from vlmrt.runtime.messages import (
@@ -25,13 +26,9 @@ from vlmrt.runtime.messages import (
     Encode,
     EncodeFailed,
     Epoch,
-    PeerDown,
-    PeerUp,
     Restore,
-    ServiceStatus,
     SlabExport,
     VitInbox,
-    VitReady,
 )
 from vlmrt.runtime.profiling import ProfileSession
 from vlmrt.runtime.questions import Finding, Question, StartProfile, StopProfile

@@ -15,14 +15,8 @@ from vlmrt.runtime.admin_desk import AdminDesk
 from vlmrt.runtime.admin_keys import ServerKeys
 from vlmrt.runtime.asks import Asks
 from vlmrt.runtime.config import Config, SupervisionOptions
-from vlmrt.runtime.messages import (
-    ActorName,
-    AdminAnswer,
-    AdminAsk,
-    Epoch,
-    LlmReady,
-    MetricsSnapshot,
-)
+from vlmrt.runtime.control_messages import AdminAnswer, AdminAsk, LlmReady, MetricsSnapshot
+from vlmrt.runtime.messages import ActorName, Epoch
 from vlmrt.runtime.metrics import Metrics
 from vlmrt.runtime.process_table import ProcessTable
 from vlmrt.runtime.questions import (

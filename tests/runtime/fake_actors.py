@@ -9,26 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from vlmrt.runtime.actor import ActorContext
-from vlmrt.runtime.errors import StartupError
-from vlmrt.runtime.messages import (
-    Abort,
-    ActorName,
+from vlmrt.runtime.control_messages import (
     Capabilities,
     EdgeReady,
-    HostSlabExport,
     LlmReady,
     MediaReady,
-    Message,
     PeerDown,
     PeerUp,
-    RequestId,
     SchedulerReady,
     ServiceStatus,
-    TokenBatch,
-    TokenOutput,
-    Usage,
     VitReady,
 )
+from vlmrt.runtime.errors import StartupError
+from vlmrt.runtime.messages import Abort, ActorName, HostSlabExport, Message, RequestId, TokenBatch, TokenOutput, Usage
 from vlmrt.runtime.questions import AnswersOpen, Finding, ListRequests, Question, SetLogLevel
 
 

@@ -18,7 +18,8 @@ import psutil
 
 from vlmrt.runtime import gpu_sharing, sweeper
 from vlmrt.runtime.config import Config, ModelOptions, ParallelOptions, ServerOptions, SupervisionOptions
-from vlmrt.runtime.messages import ActorName, Capabilities, Epoch
+from vlmrt.runtime.control_messages import Capabilities
+from vlmrt.runtime.messages import ActorName, Epoch
 from vlmrt.runtime.process_table import Process
 from vlmrt.runtime.spawner import Spawner
 from vlmrt.runtime.supervisor import Supervisor

@@ -18,22 +18,18 @@ from tests.runtime.services import fake_config, fake_specs, read_events
 from vlmrt.runtime.actor import SUPERVISOR_LOST, Actor, ActorContext, ActorFactory, ActorProcess
 from vlmrt.runtime.codec import FrameDecoder, encode_header, encode_message
 from vlmrt.runtime.control import SUPERVISOR
-from vlmrt.runtime.messages import (
-    Abort,
-    ActorName,
+from vlmrt.runtime.control_messages import (
     EdgeReady,
-    Epoch,
     Heartbeat,
     Hello,
-    Message,
     PeerUp,
     Progress,
     Ready,
-    RequestId,
     Shutdown,
     StartFailed,
     SupervisorInbox,
 )
+from vlmrt.runtime.messages import Abort, ActorName, Epoch, Message, RequestId
 from vlmrt.runtime.spawner import START_FAILED, ProcessSpec
 from vlmrt.runtime.transport import Sender, control_address, inbox_address, new_context
 

@@ -15,36 +15,40 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlmrt.runtime.codec import BadFrame, FrameDecoder, encode_header, encode_message
+from vlmrt.runtime.control_messages import (
+    AdminAnswer,
+    AdminAsk,
+    ControlInbox,
+    EdgeReady,
+    Hello,
+    PeerUp,
+    Ready,
+    SupervisorInbox,
+    VitReady,
+)
 from vlmrt.runtime.errors import WireError
 from vlmrt.runtime.messages import (
     PROTOCOL_VERSION,
     Abort,
     ActorName,
-    AdminAnswer,
-    AdminAsk,
     ArenaRef,
     ClipInfo,
-    ControlInbox,
     Decode,
     DecodeFailed,
     DecodeFrames,
     EdgeInbox,
-    EdgeReady,
     Encode,
     Epoch,
     FailedRow,
     FrameGroup,
-    Hello,
     HostSlabExport,
     LogitBias,
     MediaItem,
     Message,
     MmHash,
-    PeerUp,
     PixelsReady,
     Probe,
     Probed,
-    Ready,
     RequestId,
     Restore,
     Sampling,
@@ -52,13 +56,11 @@ from vlmrt.runtime.messages import (
     StepResult,
     StopRule,
     Submit,
-    SupervisorInbox,
     TokenBatch,
     TokenLogprobs,
     TokenOutput,
     Usage,
     VitInbox,
-    VitReady,
 )
 from vlmrt.runtime.questions import Cancelled, EmptyCaches
 from vlmrt.runtime.timeline import Span

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from vlmrt.runtime.messages import ActorName, ActorStatus, Epoch, MetricsSnapshot, ServiceStatus
+from vlmrt.runtime.control_messages import ActorStatus, MetricsSnapshot, ServiceStatus
+from vlmrt.runtime.messages import ActorName, Epoch
 from vlmrt.runtime.metric_table import METRICS
 from vlmrt.runtime.metrics import (
     EMPTY_SNAPSHOT,

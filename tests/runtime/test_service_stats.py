@@ -5,7 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from vlmrt.runtime.messages import ActorName, ActorStatus, Epoch, Histogram, MetricsSnapshot, ServiceStatus
+from vlmrt.runtime.control_messages import ActorStatus, Histogram, MetricsSnapshot, ServiceStatus
+from vlmrt.runtime.messages import ActorName, Epoch
 from vlmrt.runtime.metrics import Metrics
 from vlmrt.runtime.service_stats import (
     RATES_PERIOD_S,

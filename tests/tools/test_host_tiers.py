@@ -9,9 +9,10 @@ import pytest
 from tests.support import make_config
 from vlmrt.actors.models.registry import load_model_config
 from vlmrt.runtime.config import Config, MemoryOptions, ParallelOptions
+from vlmrt.runtime.control_messages import LlmReady
 from vlmrt.runtime.errors import StartupError
 from vlmrt.runtime.host_memory import available_gib
-from vlmrt.runtime.messages import ActorName, Epoch, LlmReady
+from vlmrt.runtime.messages import ActorName, Epoch
 from vlmrt.tools import demo
 from vlmrt.tools.cli import build_parser
 from vlmrt.tools.host_tiers import check_host_memory, embedding_host_cache_gib, kv_host_cache_gib

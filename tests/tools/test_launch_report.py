@@ -12,8 +12,9 @@ import pytest
 from tests.support import make_config
 from vlmrt.actors.models.registry import load_model_config
 from vlmrt.runtime.config import Config, ServerOptions
+from vlmrt.runtime.control_messages import LlmReady, MediaReady
 from vlmrt.runtime.logs import LAUNCH_LOGGER
-from vlmrt.runtime.messages import ActorName, Epoch, LlmReady, MediaReady
+from vlmrt.runtime.messages import ActorName, Epoch
 from vlmrt.tools import demo
 from vlmrt.tools.chat.command import URL as CHAT_URL
 from vlmrt.tools.cli import build_parser

@@ -16,9 +16,10 @@ from msgspec import structs
 
 from vlmrt.actors.models.config import CheckpointError
 from vlmrt.runtime.config import Config
+from vlmrt.runtime.control_messages import Capabilities
 from vlmrt.runtime.errors import StartupError
 from vlmrt.runtime.logs import set_up_logging
-from vlmrt.runtime.messages import ActorName, Capabilities, Epoch
+from vlmrt.runtime.messages import ActorName, Epoch
 from vlmrt.runtime.supervisor import Supervisor
 from vlmrt.tools.cli import build_parser
 from vlmrt.tools.devices import num_cuda_devices

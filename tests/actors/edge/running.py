@@ -18,15 +18,13 @@ from tests.support import FakeContext, Sent, make_config, peer_up
 from vlmrt.actors.edge.actor import EdgeActor
 from vlmrt.runtime.actor import ActorContext
 from vlmrt.runtime.config import Config, ModelOptions
+from vlmrt.runtime.control_messages import ActorStatus, SchedulerReady, ServiceStatus
 from vlmrt.runtime.errors import WireError
 from vlmrt.runtime.messages import (
     Abort,
     ActorName,
-    ActorStatus,
     Epoch,
     FinishReason,
-    SchedulerReady,
-    ServiceStatus,
     Submit,
     TokenBatch,
     TokenLogprobs,

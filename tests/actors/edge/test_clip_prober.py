@@ -9,8 +9,9 @@ import pytest
 
 from tests.support import FakeOutbox, peer_down, peer_up
 from vlmrt.actors.edge.clip_prober import ClipProber
+from vlmrt.runtime.control_messages import MediaReady
 from vlmrt.runtime.errors import RequestError, WireError
-from vlmrt.runtime.messages import ClipInfo, MediaReady, Probe, Probed
+from vlmrt.runtime.messages import ClipInfo, Probe, Probed
 from vlmrt.runtime.metrics import Metrics
 
 CLIP = ClipInfo(160, 96, 30, 30.0, 1.0)

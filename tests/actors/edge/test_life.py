@@ -20,19 +20,9 @@ from tests.support import peer_down, peer_up
 from vlmrt.actors.edge import body as edge_body
 from vlmrt.actors.edge.detokenizer import Detokenizer
 from vlmrt.runtime.config import ServerOptions
+from vlmrt.runtime.control_messages import MediaReady, SchedulerReady
 from vlmrt.runtime.errors import WireError
-from vlmrt.runtime.messages import (
-    Abort,
-    ActorName,
-    Decode,
-    Epoch,
-    MediaReady,
-    MediaUnsent,
-    MmHash,
-    NeedMedia,
-    SchedulerReady,
-    Submit,
-)
+from vlmrt.runtime.messages import Abort, ActorName, Decode, Epoch, MediaUnsent, MmHash, NeedMedia, Submit
 
 SCHEDULER = ActorName("scheduler:0")
 HELLO = [{"role": "user", "content": "Hello"}]

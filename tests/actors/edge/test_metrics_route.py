@@ -8,7 +8,7 @@ import pytest
 
 from tests.actors.edge.running import MODEL, RunningEdge, edge_config, http, running_edge, service_status
 from vlmrt.runtime.config import ServerOptions
-from vlmrt.runtime.messages import ServiceStatus
+from vlmrt.runtime.control_messages import ServiceStatus
 
 
 async def scrape(edge: RunningEdge) -> str:

@@ -15,6 +15,7 @@ from tests.pictures import picture
 from tests.support import peer_down, peer_up
 from vlmrt.actors.edge import scheduler_link
 from vlmrt.runtime.config import ServerOptions
+from vlmrt.runtime.control_messages import SchedulerReady
 from vlmrt.runtime.messages import (
     Abort,
     ActorName,
@@ -28,7 +29,6 @@ from vlmrt.runtime.messages import (
     MediaItem,
     NeedMedia,
     ResetCache,
-    SchedulerReady,
     Submit,
 )
 

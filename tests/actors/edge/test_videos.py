@@ -22,6 +22,7 @@ from vlmrt.actors.edge import scheduler_link
 from vlmrt.actors.models.qwen2_vl.video import frame_choice, plan_clip
 from vlmrt.actors.models.registry import load_video_processing
 from vlmrt.runtime.config import VideoOptions
+from vlmrt.runtime.control_messages import MediaReady
 from vlmrt.runtime.errors import WireError
 from vlmrt.runtime.frame_list import unpack_frames
 from vlmrt.runtime.messages import (
@@ -31,7 +32,6 @@ from vlmrt.runtime.messages import (
     DecodeFrames,
     Epoch,
     MediaItem,
-    MediaReady,
     MediaUnsent,
     NeedMedia,
     Probe,

@@ -17,7 +17,7 @@ from tests.actors.edge.running import RunningEdge, edge_config, http, running_ed
 from tests.pictures import picture
 from tests.support import peer_down, peer_up
 from vlmrt.runtime.config import ServerOptions
-from vlmrt.runtime.messages import SchedulerReady
+from vlmrt.runtime.control_messages import SchedulerReady
 
 ROUTE = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "Hello"}]

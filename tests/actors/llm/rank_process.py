@@ -17,17 +17,8 @@ from tests.support import FakeContext, make_config, peer_down, peer_up
 from vlmrt.actors.llm.actor import LlmActor
 from vlmrt.runtime.actor import ActorContext
 from vlmrt.runtime.config import MemoryOptions, ParallelOptions, SchedulingOptions, SupervisionOptions
-from vlmrt.runtime.messages import (
-    ActorName,
-    BlockCopy,
-    NewSequence,
-    RequestId,
-    Sampling,
-    SchedulerReady,
-    StepPlan,
-    StepResult,
-    StepRow,
-)
+from vlmrt.runtime.control_messages import SchedulerReady
+from vlmrt.runtime.messages import ActorName, BlockCopy, NewSequence, RequestId, Sampling, StepPlan, StepResult, StepRow
 
 SCHEDULER = ActorName("scheduler:0")
 NUM_STEPS = 8

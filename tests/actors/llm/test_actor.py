@@ -19,6 +19,7 @@ from vlmrt.actors.llm.kv_cache import block_bytes
 from vlmrt.actors.llm.step_thread import OpenedSlab, Rank
 from vlmrt.runtime.actor import ActorContext
 from vlmrt.runtime.config import MemoryOptions, SchedulingOptions, SupervisionOptions
+from vlmrt.runtime.control_messages import LlmReady, SchedulerReady
 from vlmrt.runtime.errors import ChannelFull, StartupError
 from vlmrt.runtime.messages import (
     ActorName,
@@ -26,11 +27,9 @@ from vlmrt.runtime.messages import (
     DetachSlab,
     EmbedSlice,
     Epoch,
-    LlmReady,
     NewSequence,
     RequestId,
     Sampling,
-    SchedulerReady,
     StepPlan,
     StepResult,
     StepRow,

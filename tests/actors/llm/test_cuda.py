@@ -25,7 +25,8 @@ from vlmrt.actors.models.qwen2_vl.language import LanguageModel
 from vlmrt.actors.models.registry import family
 from vlmrt.runtime.actor import ActorContext
 from vlmrt.runtime.config import MemoryOptions, ParallelOptions, SchedulingOptions
-from vlmrt.runtime.messages import ActorName, Sampling, SchedulerReady, StepResult
+from vlmrt.runtime.control_messages import SchedulerReady
+from vlmrt.runtime.messages import ActorName, Sampling, StepResult
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

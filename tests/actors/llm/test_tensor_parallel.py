@@ -18,7 +18,8 @@ from vlmrt.actors.llm.actor import LlmActor
 from vlmrt.actors.llm.process_group import LAST_STEP, step_key
 from vlmrt.runtime.actor import ActorContext
 from vlmrt.runtime.config import MemoryOptions, SchedulingOptions
-from vlmrt.runtime.messages import Epoch, FailedRow, SchedulerReady, StepResult
+from vlmrt.runtime.control_messages import SchedulerReady
+from vlmrt.runtime.messages import Epoch, FailedRow, StepResult
 
 ROOT = Path(__file__).parents[3]
 

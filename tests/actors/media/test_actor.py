@@ -25,6 +25,7 @@ from vlmrt.actors.media.image import decode_image
 from vlmrt.actors.media.resize import resize_frame
 from vlmrt.runtime.actor import ActorContext
 from vlmrt.runtime.config import MemoryOptions, ServerOptions, SupervisionOptions, VideoOptions
+from vlmrt.runtime.control_messages import MediaReady, SchedulerReady
 from vlmrt.runtime.messages import (
     ActorName,
     ArenaRef,
@@ -35,12 +36,10 @@ from vlmrt.runtime.messages import (
     Epoch,
     FrameGroup,
     FreePixels,
-    MediaReady,
     MmHash,
     PixelsReady,
     Probe,
     Probed,
-    SchedulerReady,
 )
 from vlmrt.runtime.shared_memory import ArenaReader
 

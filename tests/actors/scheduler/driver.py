@@ -9,21 +9,18 @@ from tests.actors.scheduler.invariants import check_invariants
 from tests.support import make_config, peer_down, peer_up
 from vlmrt.actors.scheduler.state import Send, State
 from vlmrt.runtime.config import ModelOptions, ParallelOptions, SchedulingOptions
+from vlmrt.runtime.control_messages import Capabilities, EdgeReady, LlmReady, MediaReady, VitReady
 from vlmrt.runtime.messages import (
     Abort,
     ActorName,
     ArenaRef,
-    Capabilities,
-    EdgeReady,
     EmbedsReady,
     Encode,
     EncodeFailed,
     Epoch,
     FailedRow,
     HostSlabExport,
-    LlmReady,
     MediaItem,
-    MediaReady,
     Message,
     MmHash,
     NeedMedia,
@@ -38,7 +35,6 @@ from vlmrt.runtime.messages import (
     TokenBatch,
     TokenLogprobs,
     TokenOutput,
-    VitReady,
 )
 
 M = TypeVar("M", bound=Message)

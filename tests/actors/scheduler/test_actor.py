@@ -10,16 +10,14 @@ import pytest
 from tests.support import FakeContext, make_config, peer_down, peer_up
 from vlmrt.actors.scheduler.actor import SchedulerActor
 from vlmrt.runtime.config import SchedulingOptions
+from vlmrt.runtime.control_messages import EdgeReady, LlmReady, MediaReady, SchedulerReady, VitReady
 from vlmrt.runtime.messages import (
     ActorName,
     CacheReset,
-    EdgeReady,
     HostSlabExport,
-    LlmReady,
     LookUpMedia,
     MediaFound,
     MediaItem,
-    MediaReady,
     MediaUnsent,
     Message,
     MmHash,
@@ -27,13 +25,11 @@ from vlmrt.runtime.messages import (
     RequestId,
     ResetCache,
     Sampling,
-    SchedulerReady,
     StepPlan,
     StepResult,
     StopRule,
     Submit,
     TokenBatch,
-    VitReady,
 )
 from vlmrt.runtime.questions import (
     CachesShown,

@@ -30,37 +30,31 @@ from tests.actors.scheduler.invariants import check_invariants, check_nothing_is
 from tests.support import make_config
 from vlmrt.actors.scheduler.state import Send, State
 from vlmrt.runtime.config import ModelOptions, ParallelOptions, SchedulingOptions
+from vlmrt.runtime.control_messages import Capabilities, EdgeReady, LlmReady, MediaReady, PeerDown, PeerUp, VitReady
 from vlmrt.runtime.messages import (
     Abort,
     ActorName,
     ArenaRef,
-    Capabilities,
     Decode,
     DecodeFrames,
-    EdgeReady,
     Epoch,
     FinishReason,
     ForgetLookUp,
     FrameGroup,
     HostSlabExport,
-    LlmReady,
     LookUpMedia,
     MediaFound,
     MediaItem,
-    MediaReady,
     MediaUnsent,
     Message,
     MmHash,
     NeedMedia,
-    PeerDown,
-    PeerUp,
     RequestId,
     Sampling,
     StepPlan,
     Submit,
     TokenBatch,
     TokenLogprobs,
-    VitReady,
 )
 
 PAGE_ROWS = 2

@@ -30,6 +30,7 @@ from vlmrt.actors.vit.engines.engine import Pixels
 from vlmrt.actors.vit.engines.torch import TorchEngine, TorchRun
 from vlmrt.runtime.actor import ActorContext
 from vlmrt.runtime.config import MemoryOptions, ParallelOptions, SupervisionOptions
+from vlmrt.runtime.control_messages import SchedulerReady, VitReady
 from vlmrt.runtime.errors import StartupError
 from vlmrt.runtime.faults import hold_file
 from vlmrt.runtime.messages import (
@@ -44,8 +45,6 @@ from vlmrt.runtime.messages import (
     Message,
     MmHash,
     Restore,
-    SchedulerReady,
-    VitReady,
 )
 from vlmrt.runtime.questions import ListRequests, Profiling, StartProfile, StopProfile
 from vlmrt.runtime.shared_memory import PixelArena

@@ -15,7 +15,8 @@ from vlmrt.actors.vit.actor import VitActor
 from vlmrt.actors.vit.loading import load_encoder
 from vlmrt.runtime.actor import ActorContext
 from vlmrt.runtime.config import MemoryOptions, ParallelOptions
-from vlmrt.runtime.messages import CudaSlabExport, EmbedsReady, Encode, MmHash, Restore, SchedulerReady
+from vlmrt.runtime.control_messages import SchedulerReady
+from vlmrt.runtime.messages import CudaSlabExport, EmbedsReady, Encode, MmHash, Restore
 from vlmrt.runtime.shared_memory import PixelArena
 from vlmrt.runtime.slab import num_pages_for, row_index
 

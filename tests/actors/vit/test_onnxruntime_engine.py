@@ -32,8 +32,9 @@ from vlmrt.actors.vit.loading import load_encoder
 from vlmrt.kernels.patchify import patchify
 from vlmrt.runtime.actor import ActorContext
 from vlmrt.runtime.config import MemoryOptions, ParallelOptions
+from vlmrt.runtime.control_messages import SchedulerReady
 from vlmrt.runtime.errors import StartupError
-from vlmrt.runtime.messages import EmbedsReady, Encode, MmHash, SchedulerReady
+from vlmrt.runtime.messages import EmbedsReady, Encode, MmHash
 from vlmrt.runtime.shared_memory import PixelArena
 from vlmrt.runtime.slab import num_pages_for, row_index
 

@@ -10,7 +10,8 @@ import pytest
 from tests.support import make_config
 from vlmrt.runtime.admin_messages import CachesReply, OpenRequestRow, RequestsReply, StatsReply, TraceReply
 from vlmrt.runtime.config_shown import config_values
-from vlmrt.runtime.messages import ActorName, ActorStatus, Epoch, ServiceStatus
+from vlmrt.runtime.control_messages import ActorStatus, ServiceStatus
+from vlmrt.runtime.messages import ActorName, Epoch
 from vlmrt.runtime.metrics import Metrics
 from vlmrt.runtime.questions import CachesShown, Tier
 from vlmrt.runtime.service_stats import service_stats
