@@ -11,21 +11,18 @@ long are holds given up, youngest request first.  It fails once it needs rows th
 
 from __future__ import annotations
 
-import enum
 import heapq
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from vlmrt.actors.scheduler.counters import Counters
 from vlmrt.actors.scheduler.embed_cache import EmbedCache, Entry, Slab
+from vlmrt.actors.scheduler.media_job import Job, Stage, died, not_cached, too_large
 from vlmrt.actors.scheduler.media_workers import ClipWorkers, Worker, least_busy
 from vlmrt.actors.scheduler.request import MediaKey, Request
-from vlmrt.actors.scheduler.request_trace import SCHEDULER
 from vlmrt.runtime.errors import WireError
 from vlmrt.runtime.messages import (
     ActorName,
-    ArenaRef,
     CancelEncode,
     EmbedsReady,
     Encode,
@@ -49,46 +46,6 @@ _BYTES_PER_PATCH = 768  # 16 x 16 pixels of 3 bytes; raised when a worker's pixe
 
 Sender = Callable[[ActorName, Message], None]
 RequestOf = Callable[[RequestId], Request]
-
-
-class Stage(enum.Enum):
-    NEEDED = "needed"  # nobody has been asked
-    DECODING = "decoding"  # an edge has been asked to hand it to a media worker
-    DECODED = "decoded"  # pixels in an arena, no pages yet
-    ENCODING = "encoding"  # pages are allocated, a ViT is at it
-    KEPT = "kept"  # rows in a ViT's host memory, no pages yet
-    RESTORING = "restoring"  # pages are allocated, the ViT copies the rows back
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    mm_hash: MmHash
-    grid_thw: tuple[int, int, int]
-    num_rows: int
-    stage: Stage = Stage.NEEDED
-    asked: RequestId | None = None  # through which request
-    file: MmHash | None = None  # that it is decoded from: the clip that the request has it in, or itself
-    asked_at_s: float = 0.0
-    worker: ActorName | None = None  # whose arena is charged with num_bytes
-    num_bytes: int = 0
-    pixels: ArenaRef | None = None  # None while encoding: their arena is gone
-    shape: tuple[int, int, int, int] = (0, 0, 0, 0)
-    decoded: Span | None = None  # how its pixels came about
-    encode_id: int = -1
-    vit: ActorName | None = None
-    is_cancelled: bool = False
-    no_pages_since_s: float | None = None  # the most urgent job waits for pages that are held
-    num_media_losses: int = 0
-    num_vit_losses: int = 0
-    num_encode_failures: int = 0
-
-    @property
-    def num_patches(self) -> int:
-        return self.grid_thw[0] * self.grid_thw[1] * self.grid_thw[2]
-
-    @property
-    def is_at_vit(self) -> bool:
-        return self.stage in (Stage.ENCODING, Stage.RESTORING)
 
 
 class Arrived(NamedTuple):
@@ -226,7 +183,7 @@ class MediaWork:
         readers = list(self.embeds.readers[job.mm_hash])
         self._end_job(job)
         for reader in readers:
-            self.failures.append(([reader], _not_cached(self._request_of(reader), job.mm_hash)))
+            self.failures.append(([reader], not_cached(self._request_of(reader), job.mm_hash)))
 
     # ------------------------------------------------------------ media workers
 
@@ -243,7 +200,7 @@ class MediaWork:
             if job.stage is Stage.DECODING:
                 job.num_media_losses += 1
                 if job.num_media_losses > 1:
-                    self._fail(job, _died("media worker", "media_worker_died", "decoding"))
+                    self._fail(job, died("media worker", "media_worker_died", "decoding"))
                     continue
             if job.stage is not Stage.ENCODING:
                 self._ask_anew(job)
@@ -296,7 +253,7 @@ class MediaWork:
                 del self.encoding[job.encode_id]
                 job.num_vit_losses += 1
                 if job.num_vit_losses > 1:
-                    self._fail(job, _died("vision worker", "vision_worker_died", "encoding"))
+                    self._fail(job, died("vision worker", "vision_worker_died", "encoding"))
                 else:
                     self._encode_anew(job)
             elif entry.mm_hash in self.embeds.readers:
@@ -316,7 +273,7 @@ class MediaWork:
             return None
         self._counters.encodes += job.stage is Stage.ENCODING
         self.embeds.complete(entry)
-        spans = _spans_to_rows(job, sender, message.begin_s, message.end_s)
+        spans = job.spans_to_rows(sender, message.begin_s, message.end_s)
         self._end_job(job)
         return Arrived(job.mm_hash, tuple(self.embeds.readers.get(job.mm_hash, ())), spans)
 
@@ -432,7 +389,7 @@ class MediaWork:
             job = self.jobs[mm_hash]
             slabs = self._slabs_for(job)
             if not slabs:
-                self._fail(job, _too_large(job, self.embeds.slabs.values()))
+                self._fail(job, too_large(job, self.embeds.slabs.values()))
                 continue
             slabs = [slab for slab in slabs if slab.vit not in closed]
             if (
@@ -612,28 +569,3 @@ class MediaWork:
         self._counters.dropped_pixels += 1
         self._ask_anew(self.decoded[last])
         return True
-
-
-def _spans_to_rows(job: Job, vit: ActorName, begin_s: float, end_s: float) -> tuple[Span, ...]:
-    """From bytes, or from the copy in host memory, to rows that the ViT had between these times."""
-    if job.stage is Stage.RESTORING:
-        return (Span("restore", vit, begin_s, end_s),)
-    encode = Span("encode", vit, begin_s, end_s)
-    assert job.decoded is not None, f"{job.mm_hash} is encoded and was never decoded"
-    return job.decoded, Span("encode_wait", SCHEDULER, job.decoded.end_s, begin_s), encode
-
-
-def _died(what: str, code: str, doing: str) -> WireError:
-    return WireError(500, f"the {what} died twice while {doing} this image", code)
-
-
-def _not_cached(request: Request, mm_hash: MmHash) -> WireError:
-    uuid = next(item.uuid for item in request.media if item.mm_hash == mm_hash)
-    message = f"the image {uuid!r} is not cached any more; send its bytes as well"
-    return WireError(400, message, "media_not_cached", "messages")
-
-
-def _too_large(job: Job, slabs: Iterable[Slab]) -> WireError:
-    num_rows = max(slab.export.num_pages * slab.export.page_rows for slab in slabs)
-    message = f"an image has {job.num_rows} embedding rows, more than the {num_rows} that the embedding cache holds"
-    return WireError(400, message, "image_too_large", "messages")

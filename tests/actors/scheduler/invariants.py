@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from vlmrt.actors.scheduler.media_work import Stage
+from vlmrt.actors.scheduler.media_job import Stage
 from vlmrt.actors.scheduler.request import Request, Status
 from vlmrt.actors.scheduler.state import State
 from vlmrt.runtime.messages import ActorName
