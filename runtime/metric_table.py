@@ -82,6 +82,7 @@ _MEDIA = {
     ),
     "decode_image_seconds": _seconds("media", "Decoding and resizing one image."),
     "decode_frames_seconds": _seconds("media", "Decoding and resizing one temporal group of a clip."),
+    "resize_frames_seconds": _seconds("media", "Of decode_frames_seconds, what resizing took."),
     "encode_wait_seconds": _seconds("edge", "From an image's pixels to its forward in the vision tower."),
     "encode_seconds": _seconds("vit", "One forward of the vision tower."),
     "restore_seconds": _seconds("edge", "Copying the rows of an image back from host memory."),

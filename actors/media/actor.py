@@ -245,8 +245,10 @@ class MediaActor:
         """Shapes: -> uint8 [frames, height, width, 3]."""
         started_s = time.monotonic()
         pixels = await self._in_thread("a video", _resized, read.frames, target_size)
+        resize_s = time.monotonic() - started_s
         metrics = self._context.metrics
-        metrics.observe("decode_frames_seconds", read.read_s + time.monotonic() - started_s)
+        metrics.observe("decode_frames_seconds", read.read_s + resize_s)
+        metrics.observe("resize_frames_seconds", resize_s)
         metrics.add("frames_decoded_total", len(pixels), reader=read.reader)
         return pixels
 
