@@ -77,6 +77,10 @@ class EndDrain(Request, frozen=True):
     """Take new requests again.  Answered by DrainReply."""
 
 
+class GetDrain(Request, frozen=True):
+    """Whether new requests are refused, and how many are open still.  Answered by DrainReply."""
+
+
 class GetTrace(Request, frozen=True):
     """Where the time of a request went, by x-request-id or answer id.  Answered by TraceReply."""
 
@@ -115,6 +119,7 @@ AdminRequest = (
     | ResetCaches
     | BeginDrain
     | EndDrain
+    | GetDrain
     | GetTrace
     | GetConfig
     | SetLevel

@@ -26,6 +26,7 @@ from vlmrt.runtime.admin_messages import (
     EndProfile,
     GetCaches,
     GetConfig,
+    GetDrain,
     GetRequests,
     GetStats,
     GetTrace,
@@ -130,12 +131,14 @@ async def _drain(client: AdminClient, arguments: argparse.Namespace) -> None:
     while arguments.wait and reply.num_open != 0:
         await asyncio.sleep(POLL_S)
         try:
-            reply = await client.ask(BeginDrain(stop=arguments.stop), DrainReply)
+            reply = await client.ask(GetDrain(), DrainReply)
         except ServiceSilent:
             if not arguments.stop:
                 raise
             _say(["the service has ended"])
             return
+        if not reply.draining:
+            raise AdminError("the drain was taken back: new requests are taken")
         if reply.num_open != shown:
             shown = reply.num_open
             _say([_drain_text(reply)])

@@ -109,6 +109,19 @@ async def test_a_drain_is_begun_waited_for_and_taken_back(
     assert not world.desk.draining
 
 
+async def test_waiting_for_a_drain_does_not_begin_it_again_once_it_was_taken_back(
+    world: AdminWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "POLL_S", 0.001)
+    world.open_answers = [open_answer("mine")]
+    waiting = asyncio.create_task(run(world, "drain", "--stop", "--wait"))
+    await until(lambda: world.desk.draining)
+    await run(world, "undrain")
+    with pytest.raises(AdminError, match="the drain was taken back"):
+        await asyncio.wait_for(waiting, 20)
+    assert not world.desk.draining
+
+
 async def test_a_drain_that_stops_ends_with_the_service(
     world: AdminWorld, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
