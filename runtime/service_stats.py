@@ -176,7 +176,7 @@ def service_stats(
             0.0 if recent_since is None else status.at_s - recent_since.at_s,
         ),
         total=_latencies(totals, start, status.uptime_s),
-        prefix_cache=_cache(totals, "prefix_cache", "kv_cache_usage_ratio"),
+        prefix_cache=_cache(totals, "prefix_cache", "kv_cache_usage_ratio", hits_are_of_both=True),
         embedding_cache=_cache(totals, "embedding_cache", "embedding_cache_usage_ratio"),
         actors=tuple(_actor(actor, status.metrics.get(actor.actor)) for actor in status.actors),
     )
@@ -270,14 +270,16 @@ def _latency(histogram: Histogram) -> Latency:
     return Latency(count, histogram.total / count, p50, p90, p99)
 
 
-def _cache(totals: _Totals, name: str, usage: str) -> CacheStats:
+def _cache(totals: _Totals, name: str, usage: str, *, hits_are_of_both: bool = False) -> CacheStats:
+    """Args: hits_are_of_both: the counter of hits counts those in host memory as well."""
+    hits, host_hits = totals.counter(f"{name}_hits_total"), totals.counter(f"{name}_host_hits_total")
     return CacheStats(
         usage=totals.gauge(usage),
         num_bytes=int(totals.gauge(f"{name}_bytes")),
         host_bytes=int(totals.gauge(f"{name}_host_bytes")),
         queries=int(totals.counter(f"{name}_queries_total")),
-        hits=int(totals.counter(f"{name}_hits_total")),
-        host_hits=int(totals.counter(f"{name}_host_hits_total")),
+        hits=int(hits - host_hits if hits_are_of_both else hits),
+        host_hits=int(host_hits),
         evictions=int(totals.counter(f"{name}_evictions_total")),
     )
 

@@ -131,6 +131,15 @@ def test_the_hit_rate_is_that_of_both_tiers() -> None:
     assert service_stats(status(100.0, scheduler_0=metrics)).embedding_cache.hit_rate == 0.75
 
 
+def test_a_prompt_token_found_in_host_memory_is_one_hit() -> None:
+    metrics = Metrics()
+    metrics.add("prefix_cache_queries_total", 100)
+    metrics.add("prefix_cache_hits_total", 60)  # in either memory
+    metrics.add("prefix_cache_host_hits_total", 50)
+    cache = service_stats(status(100.0, scheduler_0=metrics)).prefix_cache
+    assert (cache.hits, cache.host_hits, cache.hit_rate) == (10, 50, 0.6)
+
+
 def test_a_history_compares_with_what_is_old_enough_and_keeps_no_more() -> None:
     history, metrics = StatsHistory(), Metrics()
     assert history.stats() is None
