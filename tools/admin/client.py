@@ -100,6 +100,8 @@ class AdminClient:
     async def _send(self, ask_id: int, request: Request, deadline_s: float) -> None:
         frames = encode_admin_header(ask_id), encode_admin_body(request)
         while True:
+            if self._socket.closed:  # while this waited for a connection
+                raise ServiceSilent(f"no answer from {self.address}: it was given up")
             try:
                 self._socket.send_multipart(frames, zmq.NOBLOCK)
             except zmq.Again:
