@@ -40,7 +40,7 @@ from vlmrt.runtime.admin_messages import (
 )
 from vlmrt.runtime.errors import StartupError
 from vlmrt.runtime.questions import CacheKind
-from vlmrt.tools.admin.client import AdminClient, AdminError, ServiceSilent
+from vlmrt.tools.admin.client import AdminClient, AdminError, ServiceSilent, check_keys
 from vlmrt.tools.admin.config_view import config_lines, config_rows
 from vlmrt.tools.admin.discovery import find_address
 from vlmrt.tools.admin.figures import plural
@@ -79,8 +79,7 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 
 async def _connected(arguments: argparse.Namespace, address: str, keys: ClientKeys | None) -> int:
-    if address.startswith("tcp:") and keys is None:
-        raise AdminError(f"--address {address}: needs --keys or --token-file, as the service was given them")
+    check_keys(address, keys)
     async with AdminClient(address, keys, arguments.timeout) as client:
         await COMMANDS[arguments.admin_command](client, arguments)
     return 0

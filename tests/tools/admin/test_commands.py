@@ -194,3 +194,15 @@ def test_a_launch_with_an_open_door_ends_before_it_begins(
 ) -> None:
     assert main(["launch", "--config", "none", "--port", "0", *words]) == 1
     assert message in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["stats", "top"])
+def test_a_key_that_is_missing_or_has_no_use_is_said_at_once(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef")
+    assert main(["admin", command, "--address", "tcp://127.0.0.1:1"]) == 1
+    assert "needs --keys or --token-file" in capsys.readouterr().err
+    assert main(["admin", command, "--address", f"ipc://{tmp_path}/no.sock", "--token-file", str(token)]) == 1
+    assert "are for an --address tcp://HOST:PORT" in capsys.readouterr().err
