@@ -61,10 +61,12 @@ class Generator:
         self.check_room(sum(generation.num_choices for generation in generations))
         with ExitStack() as requests:
             answer = Answer(answer_id, generations, self._link, self._vocabulary, requests, self._metrics, timeline)
+            timeline.count = answer.count
             try:
                 yield answer
             finally:
-                answer.conclude()
+                timeline.count = None
+                answer.count()
 
     def check_room(self, num_choices: int) -> None:
         """Refuse what the scheduler would refuse only after some of an answer's requests have begun.
@@ -159,8 +161,8 @@ class Answer:
             num_output_tokens=sum(run.choice.num_tokens for run in self._runs),
         )
 
-    def conclude(self) -> None:
-        """Nothing more is taken: the timeline is told what came of it."""
+    def count(self) -> None:
+        """The timeline is told what has come of it so far."""
         self._timeline.usage = self._counts
         self._timeline.max_gap_s = max((run.max_gap_s for run in self._runs), default=0.0)
 
