@@ -115,6 +115,7 @@ class Answer:
         self._inter_token_latency = metrics.histogram("inter_token_latency_seconds")
         self._news = asyncio.Event()
         self._num_ended = 0
+        self._error: RequestError | None = None  # that ends the answer
         self.num_choices = 0
         self._firsts: list[_Run] = []
         self._runs: list[_Run] = []
@@ -172,6 +173,7 @@ class Answer:
 
     def fail(self, error: RequestError) -> None:
         """End the answer with an error."""
+        self._error = self._error or error
         for run in self._runs:
             run.request.fail(error)
 
@@ -232,6 +234,8 @@ class Answer:
             self._metrics.add("request_success_total", finished_reason=piece.finish_reason)
             self._conclude(run, piece.finish_reason)
         if run.followers:
+            if self._error is not None:
+                raise self._error  # these would not hear of it
             followers, run.followers = run.followers, range(0)
             for number in followers:
                 self._begin(run.generation, run.choice.index, number)
