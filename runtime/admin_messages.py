@@ -21,9 +21,10 @@ from vlmrt.runtime.timeline import Timeline
 ADMIN_PROTOCOL = 1
 MAX_REQUEST_BYTES = 16 << 10
 MAX_ID_LENGTH = 256
+MAX_ACTOR_LENGTH = 64
 
 Id = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_ID_LENGTH)]
-ActorChoice = Annotated[str, msgspec.Meta(max_length=64)]
+ActorChoice = Annotated[str, msgspec.Meta(max_length=MAX_ACTOR_LENGTH)]
 Body = TypeVar("Body")
 
 

@@ -15,6 +15,8 @@ import msgspec
 
 from vlmrt.runtime.admin_keys import ClientKeys, client_keys, make_key_files
 from vlmrt.runtime.admin_messages import (
+    MAX_ACTOR_LENGTH,
+    MAX_ID_LENGTH,
     BeginDrain,
     BeginProfile,
     CachesReply,
@@ -105,12 +107,12 @@ async def _requests(client: AdminClient, arguments: argparse.Namespace) -> None:
 
 
 async def _cancel(client: AdminClient, arguments: argparse.Namespace) -> None:
-    reply = await client.ask(CancelOne(arguments.id), CancelReply)
+    reply = await client.ask(CancelOne(_id(arguments)), CancelReply)
     _say([f"cancelled {plural(reply.num_answers, 'request')}"])
 
 
 async def _trace(client: AdminClient, arguments: argparse.Namespace) -> None:
-    reply = await client.ask(GetTrace(arguments.id), TraceReply)
+    reply = await client.ask(GetTrace(_id(arguments)), TraceReply)
     if arguments.json:
         _say([json.dumps(named_timeline(reply))])
     else:
@@ -157,12 +159,13 @@ async def _config(client: AdminClient, arguments: argparse.Namespace) -> None:
 
 
 async def _log_level(client: AdminClient, arguments: argparse.Namespace) -> None:
-    reply = await client.ask(SetLevel(arguments.level, arguments.actor), LevelReply)
+    actor = _told("--actor", arguments.actor, MAX_ACTOR_LENGTH) if arguments.actor else ""
+    reply = await client.ask(SetLevel(arguments.level, actor), LevelReply)
     _say([f"{', '.join(reply.actors) or 'nobody that is up'} from now on: {arguments.level}"])
 
 
 async def _profile(client: AdminClient, arguments: argparse.Namespace) -> None:
-    actor = arguments.actor
+    actor = _told("ACTOR", arguments.actor, MAX_ACTOR_LENGTH)
     if arguments.action == "start":
         begun = await client.ask(BeginProfile(actor, arguments.seconds), ProfileReply, PROFILE_TIMEOUT_S)
         _say(
@@ -174,6 +177,17 @@ async def _profile(client: AdminClient, arguments: argparse.Namespace) -> None:
     else:
         ended = await client.ask(EndProfile(actor), ProfileReply, PROFILE_TIMEOUT_S)
         _say([f"written: {ended.profile.path}"])
+
+
+def _id(arguments: argparse.Namespace) -> str:
+    return _told("ID", arguments.id, MAX_ID_LENGTH)
+
+
+def _told(name: str, text: str, max_length: int) -> str:
+    """What a service would drop as no request, and never answer, is an error here."""
+    if not (text.isascii() and 1 <= len(text) <= max_length):
+        raise AdminError(f"{name} {text!a}: must be 1 to {max_length} ASCII characters")
+    return text
 
 
 Run = Callable[[AdminClient, argparse.Namespace], Awaitable[None]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -167,6 +168,24 @@ def test_errors_are_one_line_and_status_1(tmp_path: Path, capsys: pytest.Capture
     assert "needs --keys or --token-file" in capsys.readouterr().err
     assert main(["admin", "stats", "--address", silent, "--token-file", str(tmp_path / "no")]) == 1
     assert "--token-file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "bound"),
+    [
+        (("cancel", ""), "ID '': must be 1 to 256"),
+        (("cancel", "x" * 257), "must be 1 to 256"),
+        (("trace", "\udcff"), r"ID '\udcff': must be 1 to 256 ASCII characters"),
+        (("log-level", "info", "--actor", "x" * 65), "--actor 'x"),
+        (("profile", "stop", ""), "ACTOR '': must be 1 to 64"),
+    ],
+)
+async def test_what_the_service_would_not_answer_is_said_at_once(
+    words: tuple[str, ...], bound: str, world: AdminWorld
+) -> None:
+    with pytest.raises(AdminError, match=re.escape(bound)):
+        await run(world, *words, "--timeout", "0.3")
+    assert world.bad_frames() == 0
 
 
 def test_top_without_a_terminal_says_what_does_not_need_one(capsys: pytest.CaptureFixture[str]) -> None:
