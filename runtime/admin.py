@@ -32,7 +32,7 @@ from vlmrt.runtime.metrics import Metrics
 from vlmrt.runtime.transport import FramePump, Socket, new_context
 
 MAX_ANSWERING = 64  # requests of all clients that wait for actors
-_CHANNEL_BOUND = 16  # messages to or from one client
+_CHANNEL_BOUND = 16  # messages to or from one client; libzmq has no bound for the frames of one (docs/admin.md)
 _BACKLOG = 64
 _HANDSHAKE_MS = 5_000
 _HEARTBEAT_MS = 10_000  # a client whose machine is gone is noticed by its silence

@@ -27,6 +27,7 @@ from vlmrt.runtime.admin_messages import (
     EndProfile,
     GetCaches,
     GetConfig,
+    GetDrain,
     GetRequests,
     GetStats,
     GetTrace,
@@ -151,6 +152,8 @@ class AdminDesk:
                 return await self._drain(stop=request.stop)
             case EndDrain():
                 return await self._undrain()
+            case GetDrain():
+                return await self._drain_state()
             case GetTrace():
                 return await self._trace(request.id)
             case GetConfig():

@@ -21,9 +21,10 @@ from vlmrt.runtime.timeline import Timeline
 ADMIN_PROTOCOL = 1
 MAX_REQUEST_BYTES = 16 << 10
 MAX_ID_LENGTH = 256
+MAX_ACTOR_LENGTH = 64
 
 Id = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_ID_LENGTH)]
-ActorChoice = Annotated[str, msgspec.Meta(max_length=64)]
+ActorChoice = Annotated[str, msgspec.Meta(max_length=MAX_ACTOR_LENGTH)]
 Body = TypeVar("Body")
 
 
@@ -77,6 +78,10 @@ class EndDrain(Request, frozen=True):
     """Take new requests again.  Answered by DrainReply."""
 
 
+class GetDrain(Request, frozen=True):
+    """Whether new requests are refused, and how many are open still.  Answered by DrainReply."""
+
+
 class GetTrace(Request, frozen=True):
     """Where the time of a request went, by x-request-id or answer id.  Answered by TraceReply."""
 
@@ -115,6 +120,7 @@ AdminRequest = (
     | ResetCaches
     | BeginDrain
     | EndDrain
+    | GetDrain
     | GetTrace
     | GetConfig
     | SetLevel

@@ -38,6 +38,7 @@ RATES_PERIOD_S = 10.0
 RECENT_PERIOD_S = 60.0
 _SPACING_S = 1.0  # between statuses that are kept
 _EMPTY = Histogram((), (), 0.0)
+ANSWERED = "e2e_request_latency_seconds"  # counts a request once, however many choices it has
 
 
 class Latency(Struct, frozen=True):
@@ -60,7 +61,7 @@ class Latencies(Struct, frozen=True):
 class RequestCounts(Struct, frozen=True):
     running: int
     waiting: int
-    succeeded: int  # choices that ended well
+    succeeded: int  # all of whose choices ended well
     failed: int
     aborted: int  # given up by their client
 
@@ -165,7 +166,7 @@ def service_stats(
         requests=RequestCounts(
             running=int(totals.gauge("requests_running")),
             waiting=int(totals.gauge("requests_waiting")),
-            succeeded=int(totals.counter("request_success_total")),
+            succeeded=totals.count(ANSWERED),
             failed=int(totals.counter("request_errors_total")),
             aborted=int(totals.counter("requests_aborted_total")),
         ),
@@ -176,7 +177,7 @@ def service_stats(
             0.0 if recent_since is None else status.at_s - recent_since.at_s,
         ),
         total=_latencies(totals, start, status.uptime_s),
-        prefix_cache=_cache(totals, "prefix_cache", "kv_cache_usage_ratio"),
+        prefix_cache=_cache(totals, "prefix_cache", "kv_cache_usage_ratio", hits_are_of_both=True),
         embedding_cache=_cache(totals, "embedding_cache", "embedding_cache_usage_ratio"),
         actors=tuple(_actor(actor, status.metrics.get(actor.actor)) for actor in status.actors),
     )
@@ -205,6 +206,10 @@ class _Totals:
 
     def counter(self, name: str) -> float:
         return sum(_sum_of(snapshot.counters, name) for snapshot in self._snapshots)
+
+    def count(self, name: str) -> int:
+        """Of the observations of a histogram."""
+        return sum(self.histogram(name).counts)
 
     def gauge(self, name: str) -> float:
         return sum(_sum_of(snapshot.gauges, name) for snapshot in self._snapshots)
@@ -236,13 +241,14 @@ def _combined(histogram: Histogram, other: Histogram, sign: int) -> Histogram:
 
 def _rates(totals: _Totals, before: _Totals, period_s: float) -> Rates:
     def rate(name: str) -> float:
-        if period_s <= 0:
-            return 0.0
-        return max(0.0, totals.counter(name) - before.counter(name)) / period_s  # a lost actor takes its last counts
+        return per_second(totals.counter(name), before.counter(name))
+
+    def per_second(now: float, then: float) -> float:
+        return max(0.0, now - then) / period_s if period_s > 0 else 0.0  # a lost actor takes its last counts
 
     return Rates(
         period_s=max(0.0, period_s),
-        requests_per_s=rate("request_success_total"),
+        requests_per_s=per_second(totals.count(ANSWERED), before.count(ANSWERED)),
         prompt_tokens_per_s=rate("prompt_tokens_total"),
         generation_tokens_per_s=rate("generation_tokens_total"),
         images_per_s=rate("images_encoded_total"),
@@ -258,7 +264,7 @@ def _latencies(totals: _Totals, before: _Totals, period_s: float) -> Latencies:
         period_s=period_s,
         time_to_first_token=latency("time_to_first_token_seconds"),
         inter_token=latency("inter_token_latency_seconds"),
-        end_to_end=latency("e2e_request_latency_seconds"),
+        end_to_end=latency(ANSWERED),
     )
 
 
@@ -270,14 +276,16 @@ def _latency(histogram: Histogram) -> Latency:
     return Latency(count, histogram.total / count, p50, p90, p99)
 
 
-def _cache(totals: _Totals, name: str, usage: str) -> CacheStats:
+def _cache(totals: _Totals, name: str, usage: str, *, hits_are_of_both: bool = False) -> CacheStats:
+    """Args: hits_are_of_both: the counter of hits counts those in host memory as well."""
+    hits, host_hits = totals.counter(f"{name}_hits_total"), totals.counter(f"{name}_host_hits_total")
     return CacheStats(
         usage=totals.gauge(usage),
         num_bytes=int(totals.gauge(f"{name}_bytes")),
         host_bytes=int(totals.gauge(f"{name}_host_bytes")),
         queries=int(totals.counter(f"{name}_queries_total")),
-        hits=int(totals.counter(f"{name}_hits_total")),
-        host_hits=int(totals.counter(f"{name}_host_hits_total")),
+        hits=int(hits - host_hits if hits_are_of_both else hits),
+        host_hits=int(host_hits),
         evictions=int(totals.counter(f"{name}_evictions_total")),
     )
 

@@ -61,10 +61,12 @@ class Generator:
         self.check_room(sum(generation.num_choices for generation in generations))
         with ExitStack() as requests:
             answer = Answer(answer_id, generations, self._link, self._vocabulary, requests, self._metrics, timeline)
+            timeline.count = answer.count
             try:
                 yield answer
             finally:
-                answer.conclude()
+                timeline.count = None
+                answer.count()
 
     def check_room(self, num_choices: int) -> None:
         """Refuse what the scheduler would refuse only after some of an answer's requests have begun.
@@ -113,6 +115,7 @@ class Answer:
         self._inter_token_latency = metrics.histogram("inter_token_latency_seconds")
         self._news = asyncio.Event()
         self._num_ended = 0
+        self._error: RequestError | None = None  # that ends the answer
         self.num_choices = 0
         self._firsts: list[_Run] = []
         self._runs: list[_Run] = []
@@ -159,8 +162,8 @@ class Answer:
             num_output_tokens=sum(run.choice.num_tokens for run in self._runs),
         )
 
-    def conclude(self) -> None:
-        """Nothing more is taken: the timeline is told what came of it."""
+    def count(self) -> None:
+        """The timeline is told what has come of it so far."""
         self._timeline.usage = self._counts
         self._timeline.max_gap_s = max((run.max_gap_s for run in self._runs), default=0.0)
 
@@ -170,6 +173,7 @@ class Answer:
 
     def fail(self, error: RequestError) -> None:
         """End the answer with an error."""
+        self._error = self._error or error
         for run in self._runs:
             run.request.fail(error)
 
@@ -230,6 +234,8 @@ class Answer:
             self._metrics.add("request_success_total", finished_reason=piece.finish_reason)
             self._conclude(run, piece.finish_reason)
         if run.followers:
+            if self._error is not None:
+                raise self._error  # these would not hear of it
             followers, run.followers = run.followers, range(0)
             for number in followers:
                 self._begin(run.generation, run.choice.index, number)

@@ -52,6 +52,7 @@ class OpenTimeline:
         self.max_gap_s = 0.0  # between two tokens of a choice
         self.num_media = 0
         self.usage = Usage(0, 0, 0)  # of all its choices
+        self.count: Callable[[], None] | None = None  # brings usage and max_gap_s up to date, while they grow
 
     @property
     def label(self) -> str:
@@ -86,6 +87,8 @@ class OpenTimeline:
             self.add(Span(span.name, span.actor, span.begin_s, span.end_s, what))
 
     def snapshot(self, end_s: float | None = None) -> Timeline:
+        if self.count is not None:
+            self.count()
         return Timeline(
             label=self._label,
             path=self._path,

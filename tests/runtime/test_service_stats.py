@@ -38,11 +38,13 @@ def test_an_empty_status_has_figures_of_nothing() -> None:
 def test_rates_are_the_growth_of_the_counters_of_all_actors() -> None:
     first, second, tower = Metrics(), Metrics(), Metrics()
     first.add("generation_tokens_total", 100)
-    first.add("request_success_total", 2, finished_reason="stop")
+    for _ in range(2):
+        first.observe("e2e_request_latency_seconds", 1.0)
     before = status(110.0, scheduler_0=first, edge_1=second)
     first.add("generation_tokens_total", 50)
-    first.add("request_success_total", 1, finished_reason="stop")
-    first.add("request_success_total", 1, finished_reason="length")
+    for _ in range(2):
+        second.observe("e2e_request_latency_seconds", 1.0)
+        second.add("request_success_total", 8, finished_reason="stop")  # each had eight choices: they are no requests
     tower.add("images_encoded_total", 30)
     stats = service_stats(status(115.0, scheduler_0=first, edge_1=second, vit_0=tower), before)
     assert stats.rates.period_s == 5.0
@@ -129,6 +131,15 @@ def test_the_hit_rate_is_that_of_both_tiers() -> None:
     metrics.add("embedding_cache_hits_total", 2)
     metrics.add("embedding_cache_host_hits_total", 4)
     assert service_stats(status(100.0, scheduler_0=metrics)).embedding_cache.hit_rate == 0.75
+
+
+def test_a_prompt_token_found_in_host_memory_is_one_hit() -> None:
+    metrics = Metrics()
+    metrics.add("prefix_cache_queries_total", 100)
+    metrics.add("prefix_cache_hits_total", 60)  # in either memory
+    metrics.add("prefix_cache_host_hits_total", 50)
+    cache = service_stats(status(100.0, scheduler_0=metrics)).prefix_cache
+    assert (cache.hits, cache.host_hits, cache.hit_rate) == (10, 50, 0.6)
 
 
 def test_a_history_compares_with_what_is_old_enough_and_keeps_no_more() -> None:

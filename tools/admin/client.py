@@ -40,6 +40,15 @@ class ServiceSilent(AdminError):
     """Nothing answers at the address."""
 
 
+def check_keys(address: str, keys: ClientKeys | None) -> None:
+    """Raises AdminError where a key is missing, or has no use: either would only be met with silence."""
+    is_tcp = address.startswith("tcp:")
+    if is_tcp and keys is None:
+        raise AdminError(f"--address {address}: needs --keys or --token-file, as the service was given them")
+    if not is_tcp and keys is not None:
+        raise AdminError(f"--keys and --token-file are for an --address tcp://HOST:PORT; {address} takes neither")
+
+
 class AdminClient:
     """Made inside a running event loop; `async with AdminClient(address) as client: ...` or close()."""
 
@@ -100,6 +109,8 @@ class AdminClient:
     async def _send(self, ask_id: int, request: Request, deadline_s: float) -> None:
         frames = encode_admin_header(ask_id), encode_admin_body(request)
         while True:
+            if self._socket.closed:  # while this waited for a connection
+                raise ServiceSilent(f"no answer from {self.address}: it was given up")
             try:
                 self._socket.send_multipart(frames, zmq.NOBLOCK)
             except zmq.Again:

@@ -15,6 +15,8 @@ import msgspec
 
 from vlmrt.runtime.admin_keys import ClientKeys, client_keys, make_key_files
 from vlmrt.runtime.admin_messages import (
+    MAX_ACTOR_LENGTH,
+    MAX_ID_LENGTH,
     BeginDrain,
     BeginProfile,
     CachesReply,
@@ -26,6 +28,7 @@ from vlmrt.runtime.admin_messages import (
     EndProfile,
     GetCaches,
     GetConfig,
+    GetDrain,
     GetRequests,
     GetStats,
     GetTrace,
@@ -39,7 +42,7 @@ from vlmrt.runtime.admin_messages import (
 )
 from vlmrt.runtime.errors import StartupError
 from vlmrt.runtime.questions import CacheKind
-from vlmrt.tools.admin.client import AdminClient, AdminError, ServiceSilent
+from vlmrt.tools.admin.client import AdminClient, AdminError, ServiceSilent, check_keys
 from vlmrt.tools.admin.config_view import config_lines, config_rows
 from vlmrt.tools.admin.discovery import find_address
 from vlmrt.tools.admin.figures import plural
@@ -78,8 +81,7 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 
 async def _connected(arguments: argparse.Namespace, address: str, keys: ClientKeys | None) -> int:
-    if address.startswith("tcp:") and keys is None:
-        raise AdminError(f"--address {address}: needs --keys or --token-file, as the service was given them")
+    check_keys(address, keys)
     async with AdminClient(address, keys, arguments.timeout) as client:
         await COMMANDS[arguments.admin_command](client, arguments)
     return 0
@@ -105,12 +107,12 @@ async def _requests(client: AdminClient, arguments: argparse.Namespace) -> None:
 
 
 async def _cancel(client: AdminClient, arguments: argparse.Namespace) -> None:
-    reply = await client.ask(CancelOne(arguments.id), CancelReply)
+    reply = await client.ask(CancelOne(_id(arguments)), CancelReply)
     _say([f"cancelled {plural(reply.num_answers, 'request')}"])
 
 
 async def _trace(client: AdminClient, arguments: argparse.Namespace) -> None:
-    reply = await client.ask(GetTrace(arguments.id), TraceReply)
+    reply = await client.ask(GetTrace(_id(arguments)), TraceReply)
     if arguments.json:
         _say([json.dumps(named_timeline(reply))])
     else:
@@ -130,12 +132,14 @@ async def _drain(client: AdminClient, arguments: argparse.Namespace) -> None:
     while arguments.wait and reply.num_open != 0:
         await asyncio.sleep(POLL_S)
         try:
-            reply = await client.ask(BeginDrain(stop=arguments.stop), DrainReply)
+            reply = await client.ask(GetDrain(), DrainReply)
         except ServiceSilent:
             if not arguments.stop:
                 raise
             _say(["the service has ended"])
             return
+        if not reply.draining:
+            raise AdminError("the drain was taken back: new requests are taken")
         if reply.num_open != shown:
             shown = reply.num_open
             _say([_drain_text(reply)])
@@ -155,12 +159,13 @@ async def _config(client: AdminClient, arguments: argparse.Namespace) -> None:
 
 
 async def _log_level(client: AdminClient, arguments: argparse.Namespace) -> None:
-    reply = await client.ask(SetLevel(arguments.level, arguments.actor), LevelReply)
+    actor = _told("--actor", arguments.actor, MAX_ACTOR_LENGTH) if arguments.actor else ""
+    reply = await client.ask(SetLevel(arguments.level, actor), LevelReply)
     _say([f"{', '.join(reply.actors) or 'nobody that is up'} from now on: {arguments.level}"])
 
 
 async def _profile(client: AdminClient, arguments: argparse.Namespace) -> None:
-    actor = arguments.actor
+    actor = _told("ACTOR", arguments.actor, MAX_ACTOR_LENGTH)
     if arguments.action == "start":
         begun = await client.ask(BeginProfile(actor, arguments.seconds), ProfileReply, PROFILE_TIMEOUT_S)
         _say(
@@ -172,6 +177,17 @@ async def _profile(client: AdminClient, arguments: argparse.Namespace) -> None:
     else:
         ended = await client.ask(EndProfile(actor), ProfileReply, PROFILE_TIMEOUT_S)
         _say([f"written: {ended.profile.path}"])
+
+
+def _id(arguments: argparse.Namespace) -> str:
+    return _told("ID", arguments.id, MAX_ID_LENGTH)
+
+
+def _told(name: str, text: str, max_length: int) -> str:
+    """What a service would drop as no request, and never answer, is an error here."""
+    if not (text.isascii() and 1 <= len(text) <= max_length):
+        raise AdminError(f"{name} {text!a}: must be 1 to {max_length} ASCII characters")
+    return text
 
 
 Run = Callable[[AdminClient, argparse.Namespace], Awaitable[None]]

@@ -61,7 +61,7 @@ def caches_between(before: Scrape, after: Scrape, num_pictures: int) -> Caches:
         prefix_evictions=moved("prefix_cache_evictions"),
         prefix_host_evictions=moved("prefix_cache_host_evictions"),
         embedding_queries=moved("embedding_cache_queries"),
-        embedding_hits=moved("embedding_cache_hits"),
+        embedding_hits=moved("embedding_cache_hits") + moved("embedding_cache_host_hits"),
         embedding_host_hits=moved("embedding_cache_host_hits"),
         embedding_evictions=moved("embedding_cache_evictions"),
         embedding_host_evictions=moved("embedding_cache_host_evictions"),

@@ -176,6 +176,17 @@ async def test_all_choices_of_an_answer_end_together(edge: RunningEdge) -> None:
     await gone(edge)
 
 
+async def test_choices_that_had_not_begun_when_the_answer_was_cancelled_end_with_it(edge: RunningEdge) -> None:
+    async with connection(edge.port) as raw:
+        await raw.post(WHOLE | {"n": 2}, x_request_id="mine")
+        first = await edge.submitted()
+        await edge.output(first, edge.ids("Hi"), "stop", num_output_tokens=1)  # and nobody has taken it yet
+        assert await cancel(edge, "mine") == Cancelled(1)
+        status, _ = await raw.head()
+        assert status == 499
+    await gone(edge)
+
+
 async def test_a_request_is_cancelled_while_its_body_comes(edge: RunningEdge) -> None:
     async with connection(edge.port) as raw:
         await raw.send_head(1000, x_request_id="slow")

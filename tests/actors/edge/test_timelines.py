@@ -73,6 +73,7 @@ async def test_a_request_is_open_until_it_is_answered_and_can_be_found_by_either
     await edge.output(submit, edge.ids("Hi"), num_output_tokens=1, num_cached_tokens=3, spans=spans)
     open_one = await shown(edge)
     assert set(spans) <= set(open_one.spans)
+    assert (open_one.num_cached_tokens, open_one.num_output_tokens) == (3, len(edge.ids("Hi")))
     await edge.output(submit, edge.ids("!"), "stop", num_output_tokens=2, num_cached_tokens=3)
     status, answer = await task
     assert status == 200

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,6 +110,19 @@ async def test_a_drain_is_begun_waited_for_and_taken_back(
     assert not world.desk.draining
 
 
+async def test_waiting_for_a_drain_does_not_begin_it_again_once_it_was_taken_back(
+    world: AdminWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "POLL_S", 0.001)
+    world.open_answers = [open_answer("mine")]
+    waiting = asyncio.create_task(run(world, "drain", "--stop", "--wait"))
+    await until(lambda: world.desk.draining)
+    await run(world, "undrain")
+    with pytest.raises(AdminError, match="the drain was taken back"):
+        await asyncio.wait_for(waiting, 20)
+    assert not world.desk.draining
+
+
 async def test_a_drain_that_stops_ends_with_the_service(
     world: AdminWorld, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +170,24 @@ def test_errors_are_one_line_and_status_1(tmp_path: Path, capsys: pytest.Capture
     assert "--token-file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "bound"),
+    [
+        (("cancel", ""), "ID '': must be 1 to 256"),
+        (("cancel", "x" * 257), "must be 1 to 256"),
+        (("trace", "\udcff"), r"ID '\udcff': must be 1 to 256 ASCII characters"),
+        (("log-level", "info", "--actor", "x" * 65), "--actor 'x"),
+        (("profile", "stop", ""), "ACTOR '': must be 1 to 64"),
+    ],
+)
+async def test_what_the_service_would_not_answer_is_said_at_once(
+    words: tuple[str, ...], bound: str, world: AdminWorld
+) -> None:
+    with pytest.raises(AdminError, match=re.escape(bound)):
+        await run(world, *words, "--timeout", "0.3")
+    assert world.bad_frames() == 0
+
+
 def test_top_without_a_terminal_says_what_does_not_need_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["admin", "top", "--address", "ipc:///nowhere"]) == 1
     assert "top needs a terminal; `vlmrt admin stats --watch` does not" in capsys.readouterr().err
@@ -181,3 +213,15 @@ def test_a_launch_with_an_open_door_ends_before_it_begins(
 ) -> None:
     assert main(["launch", "--config", "none", "--port", "0", *words]) == 1
     assert message in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["stats", "top"])
+def test_a_key_that_is_missing_or_has_no_use_is_said_at_once(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef")
+    assert main(["admin", command, "--address", "tcp://127.0.0.1:1"]) == 1
+    assert "needs --keys or --token-file" in capsys.readouterr().err
+    assert main(["admin", command, "--address", f"ipc://{tmp_path}/no.sock", "--token-file", str(token)]) == 1
+    assert "are for an --address tcp://HOST:PORT" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import asyncio
 import gc
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import psutil
 import pytest
@@ -18,7 +19,7 @@ from vlmrt.runtime.questions import CancelRequest
 from vlmrt.tools.admin.client import AdminError
 from vlmrt.tools.admin.top.app import TopApp
 from vlmrt.tools.admin.top.confirm import Confirm
-from vlmrt.tools.admin.top.feed import Feed
+from vlmrt.tools.admin.top.feed import GONE, Feed
 
 NARROW, WIDE = (80, 24), (200, 50)
 
@@ -181,6 +182,15 @@ async def test_a_service_that_is_gone_is_said_to_be_and_found_again(world: Admin
         await look(app, pilot)
         assert "ready" in shown(app)[0]
         assert cancelled(world) == []
+
+
+async def test_an_order_to_a_service_that_is_found_gone_meanwhile_is_an_error_in_words(short_dir: Path) -> None:
+    feed = Feed(lambda: f"ipc://{short_dir}/no.sock", look_timeout_s=0.05)
+    order = asyncio.create_task(feed.cancel("mine"))
+    await asyncio.sleep(0)  # it waits for a connection
+    assert (await feed.look()).problem == GONE
+    with pytest.raises(AdminError, match=r"no answer from ipc://.*: it was given up"):
+        await order
 
 
 async def test_a_service_that_is_not_there_yet_is_waited_for(world: AdminWorld) -> None:

@@ -24,7 +24,8 @@ from vlmrt.tools.launch_command import add_arguments
 
 def stats_reply(draining: bool = False, ready: bool = True) -> StatsReply:
     edge, scheduler = Metrics(), Metrics()
-    edge.add("request_success_total", 120, finished_reason="stop")
+    for _ in range(120):
+        edge.observe("e2e_request_latency_seconds", 1.0)
     edge.add("request_errors_total", 2, code="cancelled")
     edge.set("resident_memory_bytes", 80 << 20)
     for _ in range(10):
@@ -51,7 +52,7 @@ def test_the_figures_of_a_service() -> None:
     assert "KV cache  40 % in use, 3.0 MiB kept, 44 % of 1,000 prompt tokens found" in lines
     latency = next(line for line in lines if line.startswith("first token, since the start"))
     assert latency.split() == [*"first token, since the start 10 40 ms 38 ms 48 ms 50 ms".split()]
-    unknown = next(line for line in lines if line.startswith("whole request, since the start"))
+    unknown = next(line for line in lines if line.startswith("between tokens, since the start"))
     assert unknown.split()[-5:] == ["0", "-", "-", "-", "-"]
     assert [line.split()[:4] for line in lines[-2:]] == [
         ["edge:0", "ready", "11", "cpu"],

@@ -22,16 +22,17 @@ def test_caches_are_what_moved_summed_over_actors_and_nothing_where_there_is_no_
         prefix_cache_hits=110,
         prefix_cache_host_hits=50,
         embedding_cache_queries=8,
-        embedding_cache_hits=2,
+        embedding_cache_hits=2,  # on the device alone, unlike those of prefixes
+        embedding_cache_host_hits=4,
         images_decoded=13,
         images_encoded=4,
     )
     caches = caches_between(before, after, 4)
-    assert caches == Caches(200, 100, 50, 0, 0, 8, 2, 0, 0, 0, 6, 4, num_pictures=4)
+    assert caches == Caches(200, 100, 50, 0, 0, 8, 6, 4, 0, 0, 6, 4, num_pictures=4)
     assert caches.figures == {"decodes_per_picture": 1.5, "encodes_per_picture": 1.0}
     shown = "\n".join(caches.lines)
     assert "50.0% of 200 tokens hit, 25.0% from host memory" in shown
-    assert "25.0% of 8 images hit, 0.0% from host memory" in shown
+    assert "75.0% of 8 images hit, 50.0% from host memory" in shown
 
 
 def test_a_server_without_our_counters_has_no_figures_of_caches() -> None:

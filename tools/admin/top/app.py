@@ -21,7 +21,7 @@ from textual.widgets import DataTable, Footer, Sparkline, Static
 from vlmrt.runtime.admin_keys import ClientKeys
 from vlmrt.runtime.admin_messages import OpenRequestRow
 from vlmrt.runtime.service_stats import ActorStats
-from vlmrt.tools.admin.client import AdminError
+from vlmrt.tools.admin.client import AdminError, check_keys
 from vlmrt.tools.admin.discovery import find_address
 from vlmrt.tools.admin.figures import count_text, plural
 from vlmrt.tools.admin.top import panels
@@ -37,8 +37,8 @@ Table = DataTable[Text]
 
 
 def run_top(address: str | None, pid: int | None, keys: ClientKeys | None) -> int:
-    """Until the user leaves.  Raises AdminError where there is no such service, or no terminal."""
-    find_address(address, pid)
+    """Until the user leaves.  Raises AdminError where there is no such service, no key for it, or no terminal."""
+    check_keys(find_address(address, pid), keys)
     if not (sys.stdin.isatty() and sys.stderr.isatty()):  # where Textual reads and writes
         raise AdminError("top needs a terminal; `vlmrt admin stats --watch` does not")
     app = TopApp(Feed(lambda: find_address(address, pid), keys))
