@@ -299,6 +299,12 @@ def test_what_kubernetes_says_of_a_service_of_this_name_is_no_option() -> None:
     assert (found.arguments.port, found.arguments.host, found.warnings) == (8000, "127.0.0.1", [])
 
 
+def test_an_address_in_the_environment_is_taken() -> None:
+    found = settings(VLMRT_ADMIN_ADDRESS="tcp://10.0.0.1:5555")
+    assert found.arguments.admin_address == "tcp://10.0.0.1:5555"
+    assert found.origins["admin-address"] == "environment VLMRT_ADMIN_ADDRESS"
+
+
 # ---------------------------------------------------------------- keys, the command, the Config
 
 
