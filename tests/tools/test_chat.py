@@ -344,6 +344,15 @@ def test_a_failed_question_is_status_1(server: ChatServer, monkeypatch: pytest.M
     assert main(["chat", "--url", server.url, "hi", "--image", "no-file.png"]) == 1
 
 
+def test_what_a_server_says_of_itself_never_steers_the_terminal(
+    server: ChatServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    server.models_error = (403, json.dumps({"error": {"message": "no \x1b]0;title\x07"}}))
+    assert main(["chat", "--url", server.url, "hi"]) == 1
+    assert capsys.readouterr().err == "vlmrt chat: error: no \ufffd]0;title\ufffd (status 403)\n"
+
+
 def test_a_key_is_taken_from_file_or_variable_and_sent_with_every_request(
     server: ChatServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
