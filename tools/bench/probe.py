@@ -99,7 +99,9 @@ def _open(target: Target, path: str, body: bytes | None) -> http.client.HTTPResp
     headers = {"Content-Type": "application/json", **dict(target.headers)}
     request = urllib.request.Request(target.url + path, body, headers)
     context = None if target.verified else ssl._create_unverified_context()
-    answer: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=PROBE_S, context=context)
+    straight = urllib.request.ProxyHandler({})  # as the load goes, whatever proxy the environment names
+    opener = urllib.request.build_opener(straight, urllib.request.HTTPSHandler(context=context))
+    answer: http.client.HTTPResponse = opener.open(request, timeout=PROBE_S)
     return answer
 
 

@@ -52,6 +52,14 @@ def test_another_endpoint_than_the_server_has_is_an_error_at_once() -> None:
         probed(Target(server.url, endpoint="/v2/chat/completions"))
 
 
+def test_no_proxy_of_the_environment_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")  # nobody is there
+    with scripted() as server:
+        wait_until_up(Target(server.url), 0.0)
+        assert first_model(Target(server.url)) == "scripted"
+        assert probed(Target(server.url)).notes == ()
+
+
 def test_an_answer_without_an_end_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "MAX_READ_BYTES", 100)
     with scripted() as server, pytest.raises(Unusable, match="the answer has more than"):
