@@ -135,6 +135,7 @@ def test_help_is_a_command_too(capsys: pytest.CaptureFixture[str]) -> None:
         (["launch", "--max_num_seqs=3"], "no such option: --max_num_seqs; did you mean --max-num-seqs?"),
         (["launch", "--quux"], "vlmrt launch: error: no such option: --quux\n"),
         (["launch", "--device", "cud"], "invalid choice: 'cud' (choose from auto, cuda, cpu); did you mean cuda"),
+        (["launch", "--max-waiting", "9" * 20], "--max-waiting: 99999999999999999999 is not within 64 bits"),
         (["launch", "--tp", "x"], "vlmrt launch: error: --tp: 'x' is not a whole number"),
         (["launch", "--tp", "0"], "--tp: 0 is not at least 1"),
         (["launch", "--port", "65536"], "--port: 65536 is not within 0..65535"),
