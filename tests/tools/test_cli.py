@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -181,8 +183,12 @@ def test_a_proposal_is_close_or_there_is_none() -> None:
     assert did_you_mean("x", []) == ""
 
 
-def test_a_reader_that_has_seen_enough_gets_no_traceback() -> None:
-    command = [sys.executable, "-m", "vlmrt", "completion", "bash"]
+@pytest.mark.parametrize("words", [["completion", "bash"], ["bench", "compare", "RESULT", "RESULT"]])
+def test_a_reader_that_has_seen_enough_gets_no_traceback(words: list[str], tmp_path: Path) -> None:
+    result = tmp_path / "result.json"
+    result.write_text(json.dumps({"request_throughput": 1.0, "max_concurrency": None, "request_rate": "inf"}))
+    words = [str(result) if word == "RESULT" else word for word in words]
+    command = [sys.executable, "-m", "vlmrt", *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stderr is not None

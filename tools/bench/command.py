@@ -72,6 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
         from vlmrt.tools.bench.loading import load
 
         return load(arguments)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        raise
     except (OSError, ValueError) as wrong:
         print(f"vlmrt bench {arguments.kind}: error: {displayed(str(wrong))}", file=sys.stderr)
         return 1
