@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from argparse import ArgumentTypeError
 
+MAX_WHOLE = (1 << 63) - 1  # of a message between processes
+
 
 def whole_number(text: str) -> int:
     try:
-        return int(text)
+        value = int(text)
     except ValueError:
-        raise ArgumentTypeError(f"{text!r} is not a whole number") from None
+        raise ArgumentTypeError(f"{text[:64]!r} is not a whole number") from None
+    if abs(value) > MAX_WHOLE:
+        raise ArgumentTypeError(f"{text[:64]} is not within 64 bits")
+    return value
 
 
 def number(text: str) -> float:

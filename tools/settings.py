@@ -24,7 +24,7 @@ FILE_FLAG = "config"
 NOT_SETTINGS = ("help", FILE_FLAG, "show-config")  # of this command line alone
 PATHS = ("DIR", "FILE", "DIR|HUB_ID")  # metavars of values in which a ~ is a home directory
 # what Kubernetes sets in a pod beside a Service called vlmrt
-LINK = re.compile(r"(tcp|udp|sctp)://")
+LINK_VARIABLE, LINK = "VLMRT_PORT", re.compile(r"(tcp|udp|sctp)://")
 LINK_NAME = re.compile(r"VLMRT_(SERVICE_|PORT_\d)")
 SWITCH_WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
@@ -213,7 +213,8 @@ def _variables(
     for name in actions:
         variable = variable_of(name)
         text = environment.get(variable, "")
-        if text and variable != KEYS_VARIABLE and not LINK.match(text):
+        is_link = variable == LINK_VARIABLE and LINK.match(text)
+        if text and variable != KEYS_VARIABLE and not is_link:
             yield name, variable, text
 
 

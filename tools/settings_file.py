@@ -42,7 +42,7 @@ def _toml(path: Path, text: str) -> list[Entry]:
 
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # besides TOMLDecodeError, an int of too many digits
         raise SettingsError(f"{path}: {error}") from None
     return [Entry(key, value, _line_of(key, text)) for key, value in values.items()]
 
@@ -56,7 +56,10 @@ def _line_of(key: str, text: str) -> int:
 def _yaml(path: Path, text: str) -> list[Entry]:
     import yaml
 
-    loader = yaml.SafeLoader(text)
+    try:
+        loader = yaml.SafeLoader(text)
+    except yaml.reader.ReaderError as error:
+        raise SettingsError(f"{path}: {' '.join(str(error).split())}") from None
     try:
         root = loader.get_single_node()
         if root is None:

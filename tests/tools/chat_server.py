@@ -22,6 +22,7 @@ class ChatServer:
         self.pieces: list[str] = ["Hel", "lo."]
         self.finish_reason: str | None = "stop"
         self.error: tuple[int, str] | None = None  # in place of an answer
+        self.models_error: tuple[int, str] | None = None
         self.ending = "data: [DONE]\n\n"
         self.never_ends = False
         self.began = threading.Event()  # the first piece of an endless answer is out
@@ -33,6 +34,9 @@ class ChatServer:
 
     async def models(self, request: web.Request) -> web.Response:
         self.keys.append(request.headers.get("Authorization"))
+        if self.models_error is not None:
+            status, text = self.models_error
+            return web.Response(status=status, text=text, content_type="application/json")
         return web.json_response({"object": "list", "data": [{"id": "fake"}, {"id": "other"}]})
 
     async def chat(self, request: web.Request) -> web.StreamResponse:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests.tools.chat_server import ChatServer, chat_server
+from vlmrt.tools.chat import client
 from vlmrt.tools.chat.attachments import AttachmentError, attach, parts_of
 from vlmrt.tools.chat.chat import Chat, figures_text
 from vlmrt.tools.chat.client import Figures, Server
@@ -275,7 +276,19 @@ def test_a_refusal_is_told_and_the_question_is_taken_back(
     [
         ('data: {"error": {"message": "the scheduler was restarted"}}\n\n', "error: the scheduler was restarted"),
         ("", "error: the server ended the answer in the middle"),
-        ("data: {nonsense\n\n", "error: the server's stream is not what the API has"),
+        *(
+            (f"data: {event}\n\n", "error: the server's stream is not what the API has")
+            for event in (
+                "{nonsense",
+                "5",
+                '{"choices": 5}',
+                '{"choices": [5]}',
+                '{"choices": [{"delta": {"content": ["a"]}}]}',
+                '{"choices": [{"delta": {"content": "\\ud800"}}]}',
+                '{"usage": {"prompt_tokens": "many"}}',
+                "[" * 100_000,
+            )
+        ),
     ],
 )
 def test_an_answer_that_breaks_is_told_and_what_came_of_it_is_kept(
@@ -342,6 +355,25 @@ def test_a_failed_question_is_status_1(server: ChatServer, monkeypatch: pytest.M
     server.error = (503, "{}")
     assert main(["chat", "--url", server.url, "hi"]) == 1
     assert main(["chat", "--url", server.url, "hi", "--image", "no-file.png"]) == 1
+
+
+def test_a_list_of_models_that_does_not_end_is_an_error(
+    server: ChatServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr(client, "MAX_MODELS_BYTES", 10)
+    assert main(["chat", "--url", server.url, "hi"]) == 1
+    assert "does not say which models it serves" in capsys.readouterr().err
+    assert server.asked == []
+
+
+def test_what_a_server_says_of_itself_never_steers_the_terminal(
+    server: ChatServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    server.models_error = (403, json.dumps({"error": {"message": "no \x1b]0;title\x07"}}))
+    assert main(["chat", "--url", server.url, "hi"]) == 1
+    assert capsys.readouterr().err == "vlmrt chat: error: no \ufffd]0;title\ufffd (status 403)\n"
 
 
 def test_a_key_is_taken_from_file_or_variable_and_sent_with_every_request(

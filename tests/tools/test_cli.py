@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -135,6 +137,7 @@ def test_help_is_a_command_too(capsys: pytest.CaptureFixture[str]) -> None:
         (["launch", "--max_num_seqs=3"], "no such option: --max_num_seqs; did you mean --max-num-seqs?"),
         (["launch", "--quux"], "vlmrt launch: error: no such option: --quux\n"),
         (["launch", "--device", "cud"], "invalid choice: 'cud' (choose from auto, cuda, cpu); did you mean cuda"),
+        (["launch", "--max-waiting", "9" * 20], "--max-waiting: 99999999999999999999 is not within 64 bits"),
         (["launch", "--tp", "x"], "vlmrt launch: error: --tp: 'x' is not a whole number"),
         (["launch", "--tp", "0"], "--tp: 0 is not at least 1"),
         (["launch", "--port", "65536"], "--port: 65536 is not within 0..65535"),
@@ -180,8 +183,12 @@ def test_a_proposal_is_close_or_there_is_none() -> None:
     assert did_you_mean("x", []) == ""
 
 
-def test_a_reader_that_has_seen_enough_gets_no_traceback() -> None:
-    command = [sys.executable, "-m", "vlmrt", "completion", "bash"]
+@pytest.mark.parametrize("words", [["completion", "bash"], ["bench", "compare", "RESULT", "RESULT"]])
+def test_a_reader_that_has_seen_enough_gets_no_traceback(words: list[str], tmp_path: Path) -> None:
+    result = tmp_path / "result.json"
+    result.write_text(json.dumps({"request_throughput": 1.0, "max_concurrency": None, "request_rate": "inf"}))
+    words = [str(result) if word == "RESULT" else word for word in words]
+    command = [sys.executable, "-m", "vlmrt", *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stderr is not None

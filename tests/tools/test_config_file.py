@@ -195,6 +195,9 @@ def test_the_configuration_directory_is_below_the_home_directory_unless_said(tmp
         ("c.yaml", "tp: !!python/object/apply:os.system ['true']\n", "line 1: could not determine a constructor"),
         ("c.yaml", "tp: *x\n", "found undefined alias"),
         ("c.yaml", "[" * 3_000, "c.yaml"),
+        ("c.toml", "tp = " + "[" * 3_000, "recursion"),
+        ("c.toml", "tp = " + "9" * 5_000, "c.toml: Exceeds the limit"),
+        ("c.yaml", "host: '\x07'", "special characters are not allowed"),
         ("c.toml", "#" * (MAX_FILE_BYTES + 1), "more than 1 MiB"),
     ],
 )  # fmt: skip
@@ -230,6 +233,7 @@ def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
         ("[memory]\nkv-cache-gib = 1", "no such option: memory; keys are those of the flags, in no sections"),
         ("[model]\nmodel = 'x'", "model: text is expected, not a section"),
         ("tp = 0", "tp: 0 is not at least 1"),
+        ("tp = 9223372036854775808", "tp: 9223372036854775808 is not within 64 bits"),
         ("tp = 1.5", "tp: '1.5' is not a whole number"),
         ("tp = '2'", "tp: a number is expected, not the text '2'"),
         ("tp = true", "tp: a number is expected, not true"),
@@ -297,6 +301,12 @@ def test_what_kubernetes_says_of_a_service_of_this_name_is_no_option() -> None:
     }
     found = read_settings(launch_parser(), [], links)
     assert (found.arguments.port, found.arguments.host, found.warnings) == (8000, "127.0.0.1", [])
+
+
+def test_an_address_in_the_environment_is_taken() -> None:
+    found = settings(VLMRT_ADMIN_ADDRESS="tcp://10.0.0.1:5555")
+    assert found.arguments.admin_address == "tcp://10.0.0.1:5555"
+    assert found.origins["admin-address"] == "environment VLMRT_ADMIN_ADDRESS"
 
 
 # ---------------------------------------------------------------- keys, the command, the Config

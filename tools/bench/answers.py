@@ -12,8 +12,9 @@ from typing import Literal
 
 CountedBy = Literal["usage", "tokenizer", "chunks"]
 
-USAGE = re.compile(rb'"completion_tokens":\s*(\d+)')  # no quote within a JSON string lacks its backslash
-PROMPT = re.compile(rb'"prompt_tokens":\s*(\d+)')
+# no quote within a JSON string lacks its backslash; a longer number is no count of tokens, and every gap is a figure
+USAGE = re.compile(rb'"completion_tokens":\s*(\d{1,7})(?!\d)')
+PROMPT = re.compile(rb'"prompt_tokens":\s*(\d{1,9})(?!\d)')
 TEXT = re.compile(rb'"(?:content|text|reasoning_content|reasoning|arguments)":\s*"(?!")')
 ERROR = re.compile(rb'^data: ?(\{"error".*?)\r?$', re.MULTILINE)
 END = re.compile(rb"^data: ?\[DONE\]\r?$", re.MULTILINE)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vlmrt.tools.argument_types import non_negative_float
 from vlmrt.tools.bench import options
+from vlmrt.tools.displayed import displayed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,8 +72,10 @@ def run(arguments: argparse.Namespace) -> int:
         from vlmrt.tools.bench.loading import load
 
         return load(arguments)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        raise
     except (OSError, ValueError) as wrong:
-        print(f"vlmrt bench {arguments.kind}: error: {wrong}", file=sys.stderr)
+        print(f"vlmrt bench {arguments.kind}: error: {displayed(str(wrong))}", file=sys.stderr)
         return 1
 
 
@@ -87,7 +90,7 @@ def compare(arguments: argparse.Namespace) -> int:
     for before, after in pairs:
         if len(pairs) > 1:
             print(f"\nat once: {before['max_concurrency']}, requests/s: {before['request_rate']}")
-        print("\n".join(comparing.lines(before, after, tolerance)))
+        print(displayed("\n".join(comparing.lines(before, after, tolerance))))
     is_worse = any(
         difference.is_worse(tolerance) for before, after in pairs for difference in comparing.differences(before, after)
     )

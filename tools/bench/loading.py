@@ -25,6 +25,7 @@ from vlmrt.tools.bench.run import Run, detailed, measured, warnings_of
 from vlmrt.tools.bench.settings import Settings
 from vlmrt.tools.bench.summary import Result
 from vlmrt.tools.bench.trace import Trace
+from vlmrt.tools.displayed import displayed
 from vlmrt.tools.terminal import console_for
 
 SWEPT_PER_CLIENT = 8  # requests of a point, for each that runs at once
@@ -66,7 +67,7 @@ def serve(
     with ClientPool(settings.target, settings.client_processes) as pool:
         run = measured(pool, settings, tokenizer, console, shown=not arguments.no_progress, trace=trace)
     notes = [*notes, *warnings_of(run.result)]
-    print("\n".join(tables.result_lines(run.result, arguments.percentile_metrics, notes)))
+    print(displayed("\n".join(tables.result_lines(run.result, arguments.percentile_metrics, notes))))
     saved = {**(detailed(run) if arguments.save_detailed else run.result), "notes": notes}
     saved |= dict(arguments.metadata)
     for path in _result_files(arguments, run.result):
@@ -109,7 +110,7 @@ def sweep(
     print("".join(f"note: {note}\n" for note in all_notes), end="")
     for result in results:
         for line in tables.error_lines(result):
-            print(f"{tables.title(result)}: {line}")
+            print(displayed(f"{tables.title(result)}: {line}"))
     if arguments.output:
         saved = {"points": results, "notes": all_notes, **dict(arguments.metadata)}
         _write(Path(arguments.output), json.dumps(saved, indent=2) + "\n")

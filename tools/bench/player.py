@@ -22,6 +22,7 @@ from vlmrt.tools.bench.recounted import Tokenizer, recount, texts_by_arrival
 from vlmrt.tools.bench.replies import Client, Load, Reply
 
 MAX_OPENED = 256  # connections that are open before the clock starts
+MAX_ANSWER_BYTES = 64 << 20  # an answer is kept whole until its end; a token is a few hundred
 
 
 class Failed(Exception):
@@ -172,9 +173,13 @@ class Player:
         url = self._target.url + self._target.endpoint
         async with self._session.post(url, data=body, headers=self._headers) as response:
             if response.status != 200:
-                text = (await response.read())[:MAX_SHOWN_BYTES].decode(errors="replace")
+                text = (await beginning(response.content)).decode(errors="replace")
                 raise Failed(f"HTTP {response.status}", f"{response.status}: {text}")
+            num_bytes = 0
             async for piece in response.content.iter_any():
+                num_bytes += len(piece)
+                if num_bytes > MAX_ANSWER_BYTES:
+                    raise Failed("too long", f"the answer has more than {MAX_ANSWER_BYTES >> 20} MiB")
                 before = answer.count
                 answer.push(piece, time.monotonic())
                 self.standing.num_tokens += answer.count - before
@@ -203,6 +208,14 @@ class Player:
             num_images=sum(not is_video(media) for media in ask.media),
             num_videos=sum(is_video(media) for media in ask.media),
         )
+
+
+async def beginning(content: aiohttp.StreamReader) -> bytes:
+    """As much of a refusal as is shown: it may have no end."""
+    text = b""
+    while len(text) < MAX_SHOWN_BYTES and (piece := await content.read(MAX_SHOWN_BYTES - len(text))):
+        text += piece
+    return text
 
 
 def check_end(ask: Ask, answer: Answer) -> None:

@@ -19,6 +19,8 @@ PROBE = Ask("Hello", 2, exact=False)
 PROBE_S = 120.0
 POLL_S = 0.5
 MAX_SHOWN_BYTES = 300
+MAX_READ_BYTES = 4 << 20  # of a list of models, or an answer of two tokens
+PIECE_BYTES = 64 << 10
 
 
 class Unusable(Exception):
@@ -50,7 +52,7 @@ def first_model(target: Target) -> str:
     """The name of the first model that the server lists.  Raises: Unusable."""
     try:
         with _open(target, "/v1/models", None) as answer:
-            return str(json.load(answer)["data"][0]["id"])
+            return str(json.loads(_whole(answer))["data"][0]["id"])
     except urllib.error.HTTPError as refused:
         with refused:
             raise Unusable(f"GET {target.url}/v1/models: {_shown(refused)}; --model names one") from None
@@ -65,7 +67,7 @@ def probed(target: Target) -> Found:
         body = Dialogue(tried, {}).body(PROBE)
         try:
             with _open(tried, tried.endpoint, body) as answer:
-                answer.read()
+                _whole(answer)
             return Found(tried, notes)
         except urllib.error.HTTPError as refused:
             with refused:
@@ -97,8 +99,23 @@ def _open(target: Target, path: str, body: bytes | None) -> http.client.HTTPResp
     headers = {"Content-Type": "application/json", **dict(target.headers)}
     request = urllib.request.Request(target.url + path, body, headers)
     context = None if target.verified else ssl._create_unverified_context()
-    answer: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=PROBE_S, context=context)
+    straight = urllib.request.ProxyHandler({})  # as the load goes, whatever proxy the environment names
+    opener = urllib.request.build_opener(straight, urllib.request.HTTPSHandler(context=context))
+    answer: http.client.HTTPResponse = opener.open(request, timeout=PROBE_S)
     return answer
+
+
+def _whole(answer: http.client.HTTPResponse) -> bytes:
+    """Raises: OSError if it does not end, or not in time: a socket's own timeout is between two of its bytes."""
+    pieces, num_bytes, deadline_s = [], 0, time.monotonic() + PROBE_S
+    while piece := answer.read1(PIECE_BYTES):
+        pieces.append(piece)
+        num_bytes += len(piece)
+        if num_bytes > MAX_READ_BYTES:
+            raise OSError(f"the answer has more than {MAX_READ_BYTES >> 20} MiB")
+        if time.monotonic() > deadline_s:
+            raise TimeoutError(f"the answer has no end after {PROBE_S:g} s")
+    return b"".join(pieces)
 
 
 def _shown(refused: urllib.error.HTTPError) -> str:

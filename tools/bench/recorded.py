@@ -10,6 +10,7 @@ The second form is the body of a chat completion, the third a line of an OpenAI 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -18,6 +19,7 @@ from vlmrt.tools.bench.media import Media, MediaFile, MediaUrl
 
 Line = dict[str, msgspec.Raw]
 OURS = ("model", "stream", "stream_options", "max_tokens", "max_completion_tokens", "messages")  # not copied to a body
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]  # of tokens; 0: as where a line does not say it
 FETCHED = ("http:", "https:", "data:", "file:")
 
 
@@ -25,7 +27,7 @@ class Prompt(msgspec.Struct, forbid_unknown_fields=True):
     prompt: str
     image_files: list[str] = []
     video_files: list[str] = []
-    output_tokens: int | None = None
+    output_tokens: Count | None = None
 
 
 def recorded(path: Path, output_tokens: int) -> list[Ask]:
@@ -50,7 +52,7 @@ def _ask(line: bytes, root: Path, output_tokens: int) -> Ask:
     if "messages" in fields:
         msgspec.json.decode(fields["messages"], type=list[dict[str, msgspec.Raw]])
         asked = fields.get("max_completion_tokens", fields.get("max_tokens", msgspec.Raw(b"null")))
-        num_tokens = msgspec.json.decode(asked, type=int | None)
+        num_tokens = msgspec.json.decode(asked, type=Count | None)
         more = {name: value for name, value in fields.items() if name not in OURS}
         return Ask(
             "",

@@ -33,6 +33,7 @@ from vlmrt.tools.bench.tables import (
     sweep_legend,
     title,
 )
+from vlmrt.tools.displayed import displayed
 
 MAX_DOTS = 2000
 MAX_STEPS = 400
@@ -66,17 +67,16 @@ figcaption { color: var(--ink); font-weight: 600; } svg { width: 100%; height: a
 
 def page(name: str, body: Iterable[str]) -> str:
     """Well-formed as XML too; its policy forbids whatever is not in it."""
-    return "\n".join(
-        [
-            "<!DOCTYPE html>",
-            '<html lang="en"><head><meta charset="utf-8"/>',
-            "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\"/>",
-            '<meta name="viewport" content="width=device-width, initial-scale=1"/>',
-            f"<title>{escape(name)}</title><style>{STYLE}</style></head><body>",
-            *body,
-            "</body></html>\n",
-        ]
-    )
+    lines = [
+        "<!DOCTYPE html>",
+        '<html lang="en"><head><meta charset="utf-8"/>',
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\"/>",
+        '<meta name="viewport" content="width=device-width, initial-scale=1"/>',
+        f"<title>{escape(name)}</title><style>{STYLE}</style></head><body>",
+        *body,
+        "</body></html>\n",
+    ]
+    return displayed("\n".join(lines))  # XML has no control characters
 
 
 def run_page(result: Result, replies: Replies, notes: Sequence[str]) -> str:

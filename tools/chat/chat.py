@@ -12,6 +12,7 @@ from vlmrt.tools.arguments import did_you_mean
 from vlmrt.tools.chat.attachments import AttachmentError, Kind
 from vlmrt.tools.chat.client import ChatError, Figures, Server, stream_answer
 from vlmrt.tools.chat.conversation import Conversation
+from vlmrt.tools.displayed import displayed
 
 HELP = """\
 /image FILE|URL    show a picture with the next question; its path in a line does too
@@ -25,8 +26,6 @@ HELP = """\
 /quit              end, as Ctrl-D; Ctrl-C ends an answer
 \"\"\"                begins and ends a text of several lines
 """
-# What a terminal would obey rather than show: C0 but tab and newline, DEL, C1, and what turns the direction of text.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 Outcome = Literal["answered", "failed", "stopped"]
 
@@ -85,7 +84,7 @@ class Chat:
 
         def show(text: str) -> None:
             pieces.append(text)
-            self._out.write(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", text))
+            self._out.write(displayed(text))
             self._out.flush()
 
         notice = ""
@@ -148,7 +147,7 @@ class Chat:
         self._tell("there is no answer yet" if self._figures is None else figures_text(self._figures))
 
     def _tell(self, text: str) -> None:
-        print(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", text), file=self._notices, flush=True)
+        print(displayed(text), file=self._notices, flush=True)
 
 
 def figures_text(figures: Figures) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import time
@@ -10,11 +11,13 @@ from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
 import aiohttp
+import msgspec
 
 CONNECT_S = 10.0
 SILENCE_S = 660.0  # between two bytes: a server may let a request wait for ten minutes
 MAX_LINE_BYTES = 16 << 20
 MAX_ERROR_BYTES = 64 << 10
+MAX_MODELS_BYTES = 4 << 20  # of the list of models
 
 
 class ChatError(Exception):
@@ -31,6 +34,36 @@ class Figures(NamedTuple):
     cached_tokens: int = 0
     output_tokens: int = 0
     finish_reason: str = ""
+
+
+class Delta(msgspec.Struct):
+    content: str | None = None
+
+
+class Choice(msgspec.Struct):
+    delta: Delta | None = None
+    finish_reason: str | None = None
+
+
+class PromptDetails(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class Usage(msgspec.Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prompt_tokens_details: PromptDetails | None = None
+
+
+class Event(msgspec.Struct):
+    """What is read of one; null and what is left out are the same."""
+
+    choices: list[Choice] | None = None
+    usage: Usage | None = None
+    error: Any = None
+
+
+_EVENT = msgspec.json.Decoder(Event)
 
 
 class Server(NamedTuple):
@@ -73,8 +106,8 @@ async def first_model(server: Server) -> str:
     async with server.session() as session, session.get(f"{server.base}/v1/models") as response:
         await _check(response)
         try:
-            return str((await response.json(content_type=None))["data"][0]["id"])
-        except (ValueError, KeyError, IndexError, TypeError):
+            return str(json.loads(await _whole(response))["data"][0]["id"])
+        except (ValueError, RecursionError, KeyError, IndexError, TypeError):
             raise ChatError(f"{server.url} does not say which models it serves") from None
 
 
@@ -82,33 +115,33 @@ async def stream_answer(server: Server, body: dict[str, Any], show: Callable[[st
     """Ask, and show each piece of the answer's text as it comes.  Raises: ChatError, also in the middle."""
     began_s = time.monotonic()
     first_s = last_s = 0.0
-    usage: dict[str, Any] = {}
+    usage = Usage()
     finish_reason = ""
     async with server.session() as session, session.post(f"{server.base}/v1/chat/completions", json=body) as response:
         await _check(response)
         async for event in _events(response):
-            if "error" in event:
-                raise ChatError(_message(event["error"]))
-            for choice in event.get("choices") or ():
-                text = (choice.get("delta") or {}).get("content") or ""
+            if event.error is not None:
+                raise ChatError(_message(event.error))
+            for choice in event.choices or ():
+                text = (choice.delta.content if choice.delta is not None else "") or ""
                 if text:
                     last_s = time.monotonic()
                     first_s = first_s or last_s
                     show(text)
-                finish_reason = choice.get("finish_reason") or finish_reason
-            usage = event.get("usage") or usage
+                finish_reason = choice.finish_reason or finish_reason
+            usage = event.usage or usage
     return Figures(
         total_s=time.monotonic() - began_s,
         ttft_s=first_s - began_s if first_s else None,
         decode_s=last_s - first_s,
-        prompt_tokens=int(usage.get("prompt_tokens") or 0),
-        cached_tokens=int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0),
-        output_tokens=int(usage.get("completion_tokens") or 0),
+        prompt_tokens=usage.prompt_tokens or 0,
+        cached_tokens=(usage.prompt_tokens_details or PromptDetails()).cached_tokens or 0,
+        output_tokens=usage.completion_tokens or 0,
         finish_reason=finish_reason,
     )
 
 
-async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
+async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[Event]:
     """Raises: ChatError for a stream that ends before its end, or says what is no event."""
     try:
         async for line in response.content:
@@ -117,12 +150,19 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, A
                 continue
             if value.strip() == "[DONE]":
                 return
-            event = json.loads(value)
-            if isinstance(event, dict):
-                yield event
-    except ValueError:
+            yield _EVENT.decode(value)
+    except (ValueError, msgspec.DecodeError, RecursionError):
         raise ChatError("the server's stream is not what the API has") from None
     raise ChatError("the server ended the answer in the middle")
+
+
+async def _whole(response: aiohttp.ClientResponse) -> bytes:
+    """Raises: ValueError if it does not end."""
+    try:
+        await response.content.readexactly(MAX_MODELS_BYTES + 1)
+    except asyncio.IncompleteReadError as ended:
+        return ended.partial
+    raise ValueError
 
 
 async def _check(response: aiohttp.ClientResponse) -> None:

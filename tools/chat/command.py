@@ -67,6 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     from vlmrt.tools.chat.chat import Chat
     from vlmrt.tools.chat.client import ChatError, first_model
     from vlmrt.tools.chat.conversation import Conversation
+    from vlmrt.tools.displayed import displayed
 
     settings = {name: getattr(arguments, name) for name in SETTINGS if getattr(arguments, name) is not None}
     conversation = Conversation(arguments.system, settings)
@@ -91,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
                 chat.handle("/stats")
             return STATUSES[outcome]
     except (ChatError, AttachmentError, VlmrtError, OSError) as error:
-        print(f"vlmrt chat: error: {error}", file=sys.stderr)
+        print(f"vlmrt chat: error: {displayed(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -126,9 +127,10 @@ def _server(arguments: argparse.Namespace) -> Iterator[Server]:
 
 def _talk(chat: Chat, model: str, server: Server) -> None:
     from vlmrt.tools.chat.lines import history_file, read_lines
+    from vlmrt.tools.displayed import displayed
 
     where = "a server of this chat's own" if server.url.startswith("unix:") else server.url
-    print(f"{model} at {where}; /help lists commands, Ctrl-D ends")
+    print(f"{displayed(model)} at {where}; /help lists commands, Ctrl-D ends")
     for line in read_lines(chat.commands, history_file(os.environ)):
         if not chat.handle(line):
             return

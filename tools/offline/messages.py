@@ -173,9 +173,10 @@ class PictureStore:
         return PicturePart(self._pictures[key], part, image_url)
 
 
-def picture_parts(messages: Sequence[Mapping[str, Any]]) -> Iterator[PicturePart]:
-    for message in messages:
-        content = message.get("content")
+def picture_parts(messages: object) -> Iterator[PicturePart]:
+    """None of what are no messages: the service says what is wrong with them."""
+    for message in messages if isinstance(messages, Sequence) else ():
+        content = message.get("content") if isinstance(message, Mapping) else None
         yield from (part for part in content if isinstance(part, PicturePart)) if isinstance(content, list) else ()
 
 

@@ -35,6 +35,7 @@ class Script(NamedTuple):
     counts: str = "as asked"  # with every chunk if asked for; or "at the end", or "none"
     tokens_per_chunk: int = 1
     refused: tuple[str, ...] = ()  # fields of a body that are answered with 400
+    refusal: str | None = None  # said then, in place of JSON
     longest: int | None = None  # tokens of an answer, whatever was asked for
     seed: int = 0
 
@@ -90,6 +91,8 @@ class ScriptedServer:
         begun_s = time.monotonic()
         body = json.loads(text)
         for name in self.script.refused:
+            if name in body and self.script.refusal is not None:
+                return web.Response(status=400, text=self.script.refusal)
             if name in body:
                 return web.json_response({"error": {"message": f"no such field: {name}"}}, status=400)
         self.bodies.append(body)

@@ -56,6 +56,17 @@ def test_each_arrival_has_its_time_and_the_tokens_so_far() -> None:
     assert answer.num_tokens == [1, 2, 6]
 
 
+@pytest.mark.parametrize("digits", [8, 30, 5000])
+def test_a_number_that_is_no_count_of_tokens_is_left_out(digits: int) -> None:
+    usage = b'data: {"usage": {"prompt_tokens": 9%s, "completion_tokens": 9%s}}\n\n' % ((b"9" * digits,) * 2)
+    answer = Answer()
+    answer.push(text_chunk("a"), 0.0)
+    answer.push(text_chunk("b") + usage + END, 1.0)
+    answer.end()
+    assert (answer.num_tokens, answer.usage_tokens, answer.done) == ([1, 2], None, True)
+    assert answer.prompt_tokens == (999_999_999 if digits == 8 else None)
+
+
 def test_a_role_without_text_is_no_token() -> None:
     answer = Answer()
     answer.push(text_chunk("", role="assistant"), 1.0)

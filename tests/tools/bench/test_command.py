@@ -55,6 +55,14 @@ def test_a_run_gives_a_table_json_and_a_page(
     assert "ITL is of tokens, as the server counts them in every chunk." in shown
 
 
+def test_a_refusal_never_steers_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    with scripted(Script(refused=("messages",), refusal="no \x1b]0;title\x07")) as rude:
+        assert bench("serve", rude) == 1
+    err = capfd.readouterr().err
+    assert "no \ufffd]0;title\ufffd" in err
+    assert "\x1b" not in err
+
+
 @pytest.mark.parametrize("name", ["images", "dialogues", "sliding-window", "clips", "stall"])
 def test_every_dataset_reaches_the_server(server: ScriptedServer, name: str, tmp_path: Path) -> None:
     options = ["--dataset-name", name, "--num-prompts", "2", "--image-size", "64x48", "--turns", "2", "--window", "2"]

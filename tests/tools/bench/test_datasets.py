@@ -167,6 +167,9 @@ def test_a_file_may_hold_prompts_bodies_and_lines_of_a_batch(tmp_path: Path) -> 
         ('{"text": "Hi"}', "line 2: neither prompt, messages nor body"),
         ('{"messages": "Hi"}', "line 2: Expected `array`"),
         ('{"prompt": "Hi", "images": []}', "line 2: Object contains unknown field `images`"),
+        ('{"prompt": "Hi", "output_tokens": 99999999999999999999}', "line 2: "),
+        ('{"prompt": "Hi", "output_tokens": -5}', "line 2: Expected `int` >= 0"),
+        ('{"messages": [], "max_tokens": 3000000000}', "line 2: Expected `int` <= 2147483648"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, line: str, said: str) -> None:

@@ -27,6 +27,7 @@ from vlmrt.tools.bench.replies import Load
 from vlmrt.tools.bench.summary import most_at_once
 
 Messages = list[dict[str, Any]]
+ENDLESS = {"refuse without an end": b"no " * 100, "never end": chunk("word" * 100, 1)}
 TARGET = Target("http://nowhere")
 
 
@@ -55,8 +56,11 @@ async def answer(request: web.Request, heard: list[Messages], standing: Standing
     text = content if isinstance(content, str) else content[-1]["text"]
     if text == "refuse":
         return web.json_response({"error": {"message": "no room"}}, status=429)
-    response = web.StreamResponse()
+    response = web.StreamResponse(status=500 if text == "refuse without an end" else 200)
     await response.prepare(request)
+    with suppress(ConnectionResetError):  # its client has seen enough
+        while text in ENDLESS:
+            await response.write(ENDLESS[text] * 1024)
     if text == "hang":
         await asyncio.sleep(60)
     if text == "after two streams began":
@@ -188,6 +192,18 @@ def test_failures_are_errors_of_their_own_request_only(pool: ClientPool) -> None
     assert "the tower burnt down" in shown
     kinds = {reply.error_kind for reply in replies.clients}
     assert kinds == {"", "HTTP 429", "wrong length", "error in the stream", "no end"}
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "error"),
+    [
+        ("refuse without an end", "HTTP 500", "500: " + "no " * 100),
+        ("never end", "too long", "the answer has more than 64 MiB"),
+    ],
+)
+def test_what_has_no_end_is_not_kept(pool: ClientPool, text: str, kind: str, error: str) -> None:
+    (reply,) = pool.play(Load(((Ask(text, 4),),))).clients
+    assert (reply.error_kind, reply.error) == (kind, error)
 
 
 def test_what_takes_longer_than_the_limit_has_failed(pool: ClientPool) -> None:

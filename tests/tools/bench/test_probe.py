@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.server import free_port
 from tests.tools.bench.scripted_server import Script, scripted
+from vlmrt.tools.bench import probe
 from vlmrt.tools.bench.asks import Target
 from vlmrt.tools.bench.probe import Unusable, first_model, probed, wait_until_up
 
@@ -49,6 +50,25 @@ def test_a_server_that_refuses_all_is_told_with_its_words() -> None:
 def test_another_endpoint_than_the_server_has_is_an_error_at_once() -> None:
     with scripted() as server, pytest.raises(Unusable, match="404"):
         probed(Target(server.url, endpoint="/v2/chat/completions"))
+
+
+def test_no_proxy_of_the_environment_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")  # nobody is there
+    with scripted() as server:
+        wait_until_up(Target(server.url), 0.0)
+        assert first_model(Target(server.url)) == "scripted"
+        assert probed(Target(server.url)).notes == ()
+
+
+def test_an_answer_without_an_end_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "MAX_READ_BYTES", 100)
+    with scripted() as server, pytest.raises(Unusable, match="the answer has more than"):
+        probed(Target(server.url))
+    monkeypatch.undo()
+    monkeypatch.setattr(probe, "PROBE_S", 0.3)  # a chunk every 0.2 s: the socket itself is never silent for that long
+    slow = Script(ttft_s=0.2, itl_s=0.2)
+    with scripted(slow) as server, pytest.raises(Unusable, match=r"the answer has no end after 0\.3 s"):
+        probed(Target(server.url))
 
 
 def test_nobody_at_that_address_is_an_error() -> None:

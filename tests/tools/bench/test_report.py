@@ -64,6 +64,13 @@ def test_the_page_of_a_run_is_well_formed_and_asks_nobody_for_anything() -> None
     assert "FAILED" not in said
 
 
+def test_control_characters_of_a_server_are_on_no_page() -> None:
+    replies = Replies([FIRST], [])
+    page = run_page(result_of(replies, model="\x1b[31m\x00name"), replies, [])
+    assert_needs_nothing_else(page)
+    assert "\ufffd[31m\ufffdname" in texts(page)
+
+
 def test_failures_stand_on_the_page_and_in_the_text() -> None:
     replies = Replies([FIRST, FAILED], [])
     result = result_of(replies, warm_up_errors=2, first_warm_up_error="500: no")

@@ -128,6 +128,20 @@ async def test_no_more_answers_are_asked_for_at_once_than_allowed(path: str) -> 
     assert most == 4
 
 
+@pytest.mark.parametrize("messages", [5, None, "text", {"role": "user"}, [5], [{"role": "user", "content": 5}]])
+async def test_what_are_no_messages_is_for_the_service_to_say(messages: object, path: str) -> None:
+    asked: list[object] = []
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        asked.append((await request.json())["messages"])
+        return refusal(400, "invalid_value")
+
+    async with serving(path, handler) as client:
+        result = await client.answer(Request(CHAT_PATH, {"messages": messages}))
+    assert isinstance(result, RequestError)
+    assert (result.code, asked) == ("invalid_value", [messages])
+
+
 async def test_an_error_among_the_requests_is_its_own_result(path: str) -> None:
     async def handler(request: web.Request) -> web.StreamResponse:
         return web.Response(body=b"{}")
