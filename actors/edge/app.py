@@ -272,7 +272,7 @@ def _add_headers(origins: OriginPolicy) -> Callable[[web.Request, web.StreamResp
         if origin is not None and origins.allows(origin):
             response.headers["Access-Control-Allow-Origin"] = origin
             response.headers["Access-Control-Expose-Headers"] = f"{REQUEST_ID}, x-vlmrt-ignored"
-            response.headers["Vary"] = "Origin"
+            response.headers.add("Vary", "Origin")  # the page's has one already
 
     return add_headers
 

@@ -20,7 +20,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from msgspec import Struct
 from yarl import URL
 
-from vlmrt.actors.edge.media_parts import ImageSource, MediaSource, VideoSource
+from vlmrt.actors.edge.media_parts import MAX_LISTED_FRAMES, ImageSource, MediaSource, VideoSource
 from vlmrt.actors.edge.media_policy import MediaPolicy, RefusedUrl
 from vlmrt.actors.edge.open_requests import MediaLease
 from vlmrt.runtime.config import ServerOptions, VideoOptions
@@ -265,6 +265,8 @@ def decode_data_url(url: str, media_type: str = "image") -> bytes:
     if found and found != "application/octet-stream" and not found.startswith(f"{media_type}/"):
         raise RefusedUrl(f"the data URL's media type is not {media_type}/*")
     text = url[head.end() :]
+    if found == "video/jpeg" and text.count(",") >= MAX_LISTED_FRAMES:  # each piece takes far more than its characters
+        raise RefusedUrl(f"the data URL holds more than {MAX_LISTED_FRAMES} frames")
     pieces = text.split(",") if found == "video/jpeg" else [text]
     try:
         decoded = [_decode_base64(piece) for piece in pieces]

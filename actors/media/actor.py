@@ -192,7 +192,7 @@ class MediaActor:
                 await asyncio.sleep(CHANNEL_RETRY_S)
 
     def _probe(self, encoded: bytes) -> ClipInfo:
-        with self._clips.use(encoded) as clip:
+        with _enough_memory(), self._clips.use(encoded) as clip:
             return clip.info
 
     async def _answer_groups(self, message: DecodeFrames, scheduler: PeerUp) -> None:
@@ -231,15 +231,14 @@ class MediaActor:
 
     def _read_group(self, message: DecodeFrames, indices: Sequence[int]) -> tuple[list[Pixels], str]:
         """Frames as they are in the clip, and which library has read them."""
-        with self._clips.use(message.encoded) as clip:
+        with _enough_memory(), self._clips.use(message.encoded) as clip:
             found = clip.info.width, clip.info.height
             if found != message.size:
                 promised = f"{message.size[0]}x{message.size[1]}"
                 raise RequestError(
                     f"the video's frames are {found[0]}x{found[1]}, not {promised}", code="video_mismatch"
                 )
-            with _enough_memory():
-                return clip.read(indices), clip.reader_name
+            return clip.read(indices), clip.reader_name
 
     async def _resize_group(self, read: _GroupRead, target_size: tuple[int, int]) -> Pixels:
         """Shapes: -> uint8 [frames, height, width, 3]."""

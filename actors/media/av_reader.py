@@ -32,6 +32,7 @@ class Found(NamedTuple):
     fps: float  # 0.0: it does not say
     times: tuple[int, ...]  # of its frames, ascending, in the stream's units; () where it does not say
     key_times: tuple[int, ...]  # of those that can be decoded without others
+    whole: bool  # all frames are there that the header counts
 
 
 def find_out(encoded: bytes, format_name: str, options: VideoOptions, deadline: Deadline) -> Found:
@@ -43,6 +44,7 @@ def find_out(encoded: bytes, format_name: str, options: VideoOptions, deadline: 
             raise invalid("it holds no frames")
         if stream.frames and num_frames < SHORTFALL * stream.frames:
             raise invalid(f"it ends early: its header counts {stream.frames} frames, {num_frames} are there")
+        whole = num_frames >= stream.frames
         fps = float(stream.average_rate) if stream.average_rate else 0.0
         if not 0 < fps < math.inf and times:
             fps = _measured_fps(times, float(stream.time_base))
@@ -51,7 +53,7 @@ def find_out(encoded: bytes, format_name: str, options: VideoOptions, deadline: 
         if first is None:
             raise invalid("its first frame is broken")
         height, width = _upright_shape(first)
-    return Found((width, height), num_frames, fps, times, key_times)
+    return Found((width, height), num_frames, fps, times, key_times, whole)
 
 
 class AvReader:

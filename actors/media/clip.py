@@ -104,6 +104,8 @@ class Clip:
         """Raises: DecordUnusable."""
         if self._format not in DECORD_FORMATS:
             raise DecordUnusable(f"not for {self._format}")
+        if not self._found.whole:  # opening one ends the process now and then
+            raise DecordUnusable("it ends early")
         reader = DecordReader(self.encoded, self.info.num_frames)
         logger.info("decord reads a video of %d frames", self.info.num_frames)
         return reader

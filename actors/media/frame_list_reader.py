@@ -28,7 +28,7 @@ def look_into(encoded: bytes, options: VideoOptions) -> Found:
         raise invalid("it holds no frames")
     if len(pictures) > options.max_file_frames:
         raise too_large("frames", options.max_file_frames)
-    return Found(_size(bytes(pictures[0])), len(pictures), FPS, (), ())
+    return Found(_size(bytes(pictures[0])), len(pictures), FPS, (), (), True)
 
 
 def _size(picture: bytes) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from aiohttp import web
 
 from vlmrt.actors.edge import fetch as edge_fetch
 from vlmrt.actors.edge.fetch import MediaFetcher, decode_data_url
-from vlmrt.actors.edge.media_parts import ImageSource
+from vlmrt.actors.edge.media_parts import MAX_LISTED_FRAMES, ImageSource
 from vlmrt.actors.edge.media_policy import MediaPolicy, RefusedUrl, is_public
 from vlmrt.actors.edge.open_requests import MediaBudget, MediaLease
 from vlmrt.runtime.config import ServerOptions
@@ -69,6 +69,13 @@ def test_frames_in_a_data_url_become_one_piece_of_bytes() -> None:
             decode_data_url(f"data:video/jpeg;base64,{broken}", "video")
     with pytest.raises(RefusedUrl):
         decode_data_url(f"data:video/mp4;base64,{text}", "video")
+
+
+def test_a_data_url_holds_no_more_frames_than_a_list_may() -> None:
+    frames = ["eA=="] * MAX_LISTED_FRAMES
+    assert decode_data_url(f"data:video/jpeg;base64,{','.join(frames)}", "video") == pack_frames([b"x"] * len(frames))
+    with pytest.raises(RefusedUrl, match=f"more than {MAX_LISTED_FRAMES} frames"):
+        decode_data_url(f"data:video/jpeg;base64,{','.join([*frames, 'eA=='])}", "video")
 
 
 @pytest.mark.parametrize(

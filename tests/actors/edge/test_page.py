@@ -94,6 +94,14 @@ async def test_a_file_that_the_browser_has_is_not_sent_again(edge: RunningEdge) 
             assert response.headers["Vary"] == "Accept"  # the line for curl is another answer at the same address
 
 
+async def test_an_allowed_origin_is_one_more_reason_to_vary(checkpoint: Path, tmp_path: Path) -> None:
+    config = edge_config(checkpoint, server=ServerOptions(cors_origins=("https://a.example",)))
+    async with running_edge(config, tmp_path) as edge, http() as session:
+        headers = {**BROWSER, "Origin": "https://a.example"}
+        async with session.get(edge.url + "/", headers=headers) as response:
+            assert response.headers.getall("Vary") == ["Accept", "Origin"]
+
+
 @pytest.mark.parametrize("name", ["nothing.js", INDEX, "..%2Fapp.py", "%2e%2e/app.py", "main.js/", ""])
 async def test_nothing_but_the_files_is_served(name: str, edge: RunningEdge) -> None:
     async with http() as session, session.get(f"{edge.url}/page/{name}") as response:

@@ -288,6 +288,22 @@ async def test_a_broken_clip_fails_alone_with_all_its_groups(
     assert (await worker.ready()).mm_hash == "whole"
 
 
+async def test_a_clip_that_cannot_be_opened_for_want_of_memory_fails_alone(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(encoded: bytes, options: VideoOptions) -> Clip:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(open_clips, "Clip", no_memory)
+        error = (await probed(worker, CLIP)).error
+        assert error is not None
+        assert (error.status, error.code) == (503, "media_out_of_memory")
+        await worker.actor.handle(DecodeFrames(CLIP, (160, 96), TARGET, groups_of("g", (0, 1)), Epoch(1)), EDGE)
+        assert (await worker.failed()).error.code == "media_out_of_memory"
+    assert (await probed(worker, CLIP)).clip is not None
+
+
 async def test_groups_before_one_that_fails_are_answered(worker: Worker) -> None:
     groups = groups_of("g", (0, 1), (2, 99), (4, 5))
     await worker.actor.handle(DecodeFrames(CLIP, (160, 96), TARGET, groups, Epoch(1)), EDGE)

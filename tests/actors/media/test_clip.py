@@ -60,6 +60,18 @@ def shown(data: bytes) -> Pixels:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in opened.decode(video=0)])
 
 
+def header_first(data: bytes, folder: Path) -> bytes:
+    """An MP4 clip of which frames are missing once its end is."""
+    file = folder / "fast.mp4"
+    with av.open(io.BytesIO(data)) as source, av.open(file, "w", options={"movflags": "faststart"}) as copy:
+        stream = copy.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                copy.mux(packet)
+    return file.read_bytes()
+
+
 def refused(data: bytes, options: VideoOptions | None = None) -> RequestError:
     with pytest.raises(RequestError) as error:
         Clip(data, options or VideoOptions())
@@ -117,6 +129,24 @@ def test_a_clip_that_decord_gives_up_halfway_is_read_on_by_pyav(monkeypatch: pyt
     monkeypatch.undo()
     clip.read([21])
     assert clip.reader_name == "av"  # once and for all
+
+
+def test_decord_is_not_given_a_clip_that_ends_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even one with so few frames missing that it is read: it may end the process."""
+    opened: list[int] = []
+
+    def open_decord(self: object, encoded: bytes, num_frames: int) -> None:
+        opened.append(num_frames)
+        raise DecordUnusable("opened")
+
+    monkeypatch.setattr(decord_reader.DecordReader, "__init__", open_decord)
+    cut = header_first(CLIP, tmp_path)[:-700]
+    clip = Clip(cut, VideoOptions())
+    assert clip.info.num_frames == 29
+    clip.read([0, 28])
+    assert (clip.reader_name, opened) == ("av", [])
+    Clip(CLIP, VideoOptions()).read([0])
+    assert opened == [30]
 
 
 def test_the_log_names_what_reads_clips(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,14 +228,7 @@ def test_what_is_no_clip_is_refused_by_name(data: bytes, words: str) -> None:
 
 
 def test_a_clip_that_is_cut_off_behind_its_header_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "fast.mp4"
-    with av.open(io.BytesIO(CLIP)) as source, av.open(file, "w", options={"movflags": "faststart"}) as copy:
-        stream = copy.add_stream_from_template(source.streams.video[0])
-        for packet in source.demux(video=0):
-            if packet.dts is not None:
-                packet.stream = stream
-                copy.mux(packet)
-    whole = file.read_bytes()
+    whole = header_first(CLIP, tmp_path)
     assert Clip(whole, VideoOptions()).info.num_frames == 30
     assert "its header counts 30 frames" in refused(whole[: len(whole) // 2]).message
 
