@@ -30,7 +30,8 @@ for name in ("torch", "transformers"{more}):
     sys.modules[name] = None
 import asyncio, socket, pathlib, typing
 from tests.support import FakeContext, make_config, peer_up
-from vlmrt.runtime.messages import *
+from vlmrt.runtime.control_messages import SchedulerReady
+from vlmrt.runtime.messages import ActorName, Decode, Epoch, MmHash
 {imports}
 
 async def main():
