@@ -87,3 +87,18 @@ async def connection(port: int, receive_buffer: int | None = None) -> AsyncItera
         yield RawConnection(reader, writer)
     finally:
         writer.close()
+
+
+@asynccontextmanager
+async def silent_host() -> AsyncIterator[tuple[int, asyncio.Event]]:
+    """A host that takes requests and never answers one: its port, and whether it was asked."""
+    asked = asyncio.Event()
+
+    async def never(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.set()
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(never, "127.0.0.1", 0)
+    async with server:
+        yield server.sockets[0].getsockname()[1], asked

@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from tests.actors.edge.encoded_images import save
-from tests.actors.edge.raw import RawConnection, connection
+from tests.actors.edge.raw import RawConnection, connection, silent_host
 from tests.actors.edge.running import MODEL, RunningEdge, edge_config, http, running_edge
 from tests.pictures import noise, picture
 from tests.support import peer_down, peer_up
@@ -117,23 +117,15 @@ async def test_a_client_that_goes_while_it_uploads_is_no_message(edge: RunningEd
 
 
 async def test_a_client_that_goes_while_its_picture_is_fetched_is_no_message(checkpoint: Path, tmp_path: Path) -> None:
-    asked = asyncio.Event()
-
-    async def never(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        asked.set()
-        await reader.read()
-        writer.close()
-
-    server = await asyncio.start_server(never, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    config = edge_config(checkpoint, server=ServerOptions(allowed_media_domains=(f"127.0.0.1:{port}",)))
-    async with server, running_edge(config, tmp_path) as edge, connection(edge.port) as raw:
-        part = {"type": "image_url", "image_url": {"url": f"http://127.0.0.1:{port}/cat.png"}}
-        await raw.post({"messages": [{"role": "user", "content": [part]}]})
-        await asked.wait()
-        raw.close()
-        await gone(edge)
-        assert edge.sent == []
+    async with silent_host() as (port, asked):
+        config = edge_config(checkpoint, server=ServerOptions(allowed_media_domains=(f"127.0.0.1:{port}",)))
+        async with running_edge(config, tmp_path) as edge, connection(edge.port) as raw:
+            part = {"type": "image_url", "image_url": {"url": f"http://127.0.0.1:{port}/cat.png"}}
+            await raw.post({"messages": [{"role": "user", "content": [part]}]})
+            await asked.wait()
+            raw.close()
+            await gone(edge)
+            assert edge.sent == []
 
 
 async def test_clients_that_go_after_any_token_leave_nothing(edge: RunningEdge) -> None:

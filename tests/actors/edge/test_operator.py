@@ -11,7 +11,7 @@ import msgspec
 import openai
 import pytest
 
-from tests.actors.edge.raw import connection
+from tests.actors.edge.raw import connection, silent_host
 from tests.actors.edge.running import MODEL, RunningEdge, edge_config, http, running_edge, service_status
 from tests.actors.edge.test_life import HELLO, STREAM, WHOLE, gone, until
 from vlmrt.runtime.config import ServerOptions
@@ -201,24 +201,16 @@ async def test_a_request_is_cancelled_while_its_body_comes(edge: RunningEdge) ->
 
 
 async def test_a_request_is_cancelled_while_its_picture_is_fetched(checkpoint: Path, tmp_path: Path) -> None:
-    asked = asyncio.Event()
-
-    async def never(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        asked.set()
-        await reader.read()
-        writer.close()
-
-    server = await asyncio.start_server(never, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    config = edge_config(checkpoint, server=ServerOptions(allowed_media_domains=(f"127.0.0.1:{port}",)))
-    async with server, running_edge(config, tmp_path) as edge, connection(edge.port) as raw:
-        part = {"type": "image_url", "image_url": {"url": f"http://127.0.0.1:{port}/cat.png"}}
-        await raw.post({"messages": [{"role": "user", "content": [part]}]}, x_request_id="mine")
-        await asked.wait()
-        assert await cancel(edge, "mine") == Cancelled(1)
-        assert (await raw.head())[0] == 499
-        await gone(edge)
-        assert edge.sent == []
+    async with silent_host() as (port, asked):
+        config = edge_config(checkpoint, server=ServerOptions(allowed_media_domains=(f"127.0.0.1:{port}",)))
+        async with running_edge(config, tmp_path) as edge, connection(edge.port) as raw:
+            part = {"type": "image_url", "image_url": {"url": f"http://127.0.0.1:{port}/cat.png"}}
+            await raw.post({"messages": [{"role": "user", "content": [part]}]}, x_request_id="mine")
+            await asked.wait()
+            assert await cancel(edge, "mine") == Cancelled(1)
+            assert (await raw.head())[0] == 499
+            await gone(edge)
+            assert edge.sent == []
 
 
 async def test_a_client_that_goes_as_it_is_cancelled_is_aborted_and_not_answered(edge: RunningEdge) -> None:
